@@ -1,0 +1,44 @@
+# Each target sets up what it needs, on a machine with Python 3.11 or newer and nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+SMOKE := .venv-smoke/bin
+PURE := autotune/plan.py,autotune/evidence.py,autotune/search.py,autotune/batching.py,autotune/forecast.py,autotune/errands.py,trainer/microbatch.py
+
+.PHONY: help demo test check smoke clean
+help:
+	@echo "make demo    train a tiny model on real Chinese dialogues, in minutes, on a processor"
+	@echo "make test    run the tests"
+	@echo "make check   formatting, lint, types, import contracts, tests, coverage of the pure files"
+	@echo "make smoke   build the wheel, install it apart, plan and train with it"
+
+# torch comes first and by its tested version: an open range would take the newest, with gigabytes of CUDA packages.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	touch $@
+
+demo: .venv/ready
+	$(BIN)/chatlm train --auto --profile tiny
+
+test: .venv/ready
+	$(BIN)/coverage run -m pytest
+
+check: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(MAKE) test
+	$(BIN)/coverage report --include=$(PURE) --fail-under=100 --show-missing
+
+smoke: .venv/ready
+	rm -rf dist .venv-smoke
+	$(BIN)/python -m build --wheel --no-isolation
+	$(PYTHON) -m venv .venv-smoke
+	$(SMOKE)/pip install --quiet -c constraints.txt torch
+	$(SMOKE)/pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[demo]"
+	PATH="$(CURDIR)/$(SMOKE):$$PATH" tests/smoke.sh
+
+clean:
+	rm -rf .venv .venv-smoke build dist

@@ -1,0 +1,146 @@
+"""What the supervisor asks of a worker, and the facts that come back: the contract of the pipe between the two.
+
+An errand goes in as one JSON object. Events come out as JSON lines: `progress`, `note`, `metrics`, `result`, and
+`error` for a mistake of the user's. No files, no clock, no environment.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, TypeAdapter
+
+from autotune.plan import Device, Fact, Plan, Stage, Task, Timing, Workload
+
+DRY_MICRO_BATCHES = 2
+"""Micro-batches in a dry step: the second one meets resident gradients, as all but the first do in training."""
+DRY_LENGTHS = (1.0, 0.5, 0.75, 1.0, 1.0)
+"""Share of the worst-case length in each dry step. Real steps are of many lengths, which an allocator pays for with
+pieces that fit nothing; and seconds over lengths tell what a shorter row costs. A first step is no guide to either."""
+
+
+class ModelSummary(Fact):
+    """What a model is, without its weights in memory."""
+
+    task: Task
+    family: str
+    """transformers' model type: llama, t5, ..."""
+    parameters: int
+    trainable_parameters: int
+    vocabulary_size: int
+    attention: str
+    random_weights: bool
+    longest_input: int | None
+    """Tokens that the model has positions for; None where there is no such limit."""
+
+
+class DataSummary(Fact):
+    """What a set of files holds once it is tokens."""
+
+    files: tuple[str, ...]
+    store: str
+    """Folder of the token store."""
+    fingerprint: str
+    stage: Stage
+    rows: int
+    samples: int
+    """Rows, except that documents longer than the limit become several samples."""
+    tokens: int
+    target_tokens: int
+    lengths: tuple[tuple[tuple[int, int], ...], ...]
+    """Histograms of (tokens, samples): of sequences (causal), or of sources and of targets (seq2seq)."""
+    cuts: dict[str, int]
+    """Rows that a rule cut, by rule: dropped_turns, prompt_cut, answer_cut, source_cut, target_cut, split."""
+    unknown_share: float
+    """Share of tokens that the tokenizer did not know."""
+
+    def longest(self, side: int) -> int:
+        """Return the tokens of the longest sample on this side: 0 sequence or source, 1 target."""
+        return self.lengths[side][-1][0]
+
+
+class TokenIds(Fact):
+    """Ids of a tokenizer's special tokens, as a model's configurations hold them."""
+
+    pad: int
+    eos: int | tuple[int, ...]
+    bos: int | None
+
+
+class Preprocess(Fact):
+    """Say what the model is; turn data into a token store, once."""
+
+    errand: Literal["preprocess"] = "preprocess"
+    model: str
+    tokenizer: str | None
+    dropout: float | None
+    data: tuple[str, ...] | None
+    """Files or folders; an empty tuple is the demo data, None no data."""
+    validation: tuple[str, ...]
+    stage: Stage | None
+    max_seq_len: PositiveInt
+    max_target_len: PositiveInt
+    limit: int | None
+    cache_dir: str
+
+
+class Preprocessed(Fact):
+    """The answer to `Preprocess`."""
+
+    model: ModelSummary
+    tokenizer_dir: str | None
+    tokenizer_fingerprint: str | None
+    ids: TokenIds | None
+    data: DataSummary | None
+    validation: DataSummary | None
+
+
+class Dry(Fact):
+    """Take dry steps of one size, and say what they held and how long they took."""
+
+    errand: Literal["dry"] = "dry"
+    workload: Workload
+    device: Device
+    micro_batch_size: PositiveInt
+
+
+class DryReport(Fact):
+    """The answer to `Dry`: bytes by phase, seconds by step."""
+
+    peak_bytes: int
+    phases: dict[str, int]
+    resident_bytes: int
+    host_peak_bytes: int
+    timings: tuple[Timing, ...]
+
+
+class Recipe(Fact):
+    """What a run needs besides a plan: nothing here changes memory."""
+
+    epochs: Annotated[float, Field(gt=0)]
+    max_steps: PositiveInt | None
+    learning_rate: Annotated[float, Field(gt=0)]
+    schedule: Literal["cosine", "constant"]
+    warmup: Annotated[float, Field(ge=0)]
+    """Steps; below 1 a share of all steps."""
+    weight_decay: Annotated[float, Field(ge=0)]
+    clip: Annotated[float, Field(ge=0)]
+    """Largest gradient norm; 0 does not clip."""
+    seed: int
+
+
+class Train(Fact):
+    """Train a plan."""
+
+    errand: Literal["train"] = "train"
+    plan: Plan
+    recipe: Recipe
+    store: str
+    validation_store: str | None
+    tokenizer_dir: str
+    ids: TokenIds
+    output_dir: str
+
+
+Errand = Annotated[Preprocess | Dry | Train, Field(discriminator="errand")]
+ERRAND: TypeAdapter[Errand] = TypeAdapter(Errand)

@@ -1,0 +1,47 @@
+"""What can go wrong by no fault of the program: one sentence, a hint, an exit code. The type says who can mend it."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can cause and mend.
+
+    The message is one sentence with the numbers; `hint` says what to do; `exit_code` is what the command ends with.
+    """
+
+    exit_code = 70
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class NothingFitsError(UserError):
+    """Not even the batch asked for fits the memory there is."""
+
+    exit_code = 1
+
+
+class ConfigurationError(UserError):
+    """An option, a profile, a model or a plan that cannot be obeyed."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """A data file that cannot be read as what it claims to be; the message names the file and the row."""
+
+    exit_code = 3
+
+
+class MachineError(UserError):
+    """A device, a disk or a library that is not there or not enough."""
+
+    exit_code = 4
+
+
+KINDS: dict[str, type[UserError]] = {
+    kind.__name__: kind for kind in (NothingFitsError, ConfigurationError, DataError, MachineError)
+}
+"""The types by name, for an error that crosses from the worker to the supervisor as JSON."""

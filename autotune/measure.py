@@ -1,0 +1,78 @@
+"""Dry steps in workers -> trials. One worker a size: on a processor a peak only rises, and a death costs nothing."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from autotune.errands import Dry, DryReport
+from autotune.plan import Hardware, Outcome, Trial, Workload
+from autotune.process import Worker, WorkerCrashedError, held_bytes
+
+TIME_LIMIT_SECONDS = 600.0
+GIB = 2**30
+
+
+def try_size(
+    workload: Workload,
+    hardware: Hardware,
+    micro_batch_size: int,
+    limit_bytes: int,
+    predicted_peak_bytes: int | None = None,
+    time_limit_seconds: float = TIME_LIMIT_SECONDS,
+) -> Trial:
+    """Take the dry steps of one size, and say what happened.
+
+    A worker that holds more than the limit on a processor is ended before the system's own killer has to. Death by
+    signal 9 is the fact "does not fit". Raises WorkerCrashedError for any other death: that is a bug, not a size.
+    """
+    errand = Dry(workload=workload, device=hardware.device, micro_batch_size=micro_batch_size)
+    report: DryReport | None = None
+    outcome: Outcome | None = None
+    message = ""
+    with Worker(errand, hardware.cores, workload.cpu_allocator) as worker:
+        for event in worker.poll():
+            if event is None:
+                if hardware.device == "cpu" and (held := held_bytes(worker.process_id)) > limit_bytes:
+                    outcome, message = "out_of_memory", f"held {held / GIB:.2f} GiB when it was stopped"
+                elif worker.seconds > time_limit_seconds:
+                    outcome, message = "timed_out", f"not done after {time_limit_seconds:.0f} s"
+                if outcome is not None:
+                    worker.kill()
+                    break
+            elif event["event"] == "result":
+                report = _report(event)
+            elif event["event"] == "out_of_memory":
+                outcome, message = "out_of_memory", str(event["message"])
+        if outcome is None and report is None:
+            if not worker.was_killed:
+                raise WorkerCrashedError(
+                    f"the dry step of {micro_batch_size} rows ended with exit code {worker.exit_code}:\n"
+                    + worker.last_words()
+                )
+            outcome, message = "killed", "signal 9, as an out-of-memory killer sends it"
+        return _trial(micro_batch_size, outcome or "completed", report, predicted_peak_bytes, worker.seconds, message)
+
+
+def _report(event: dict[str, object]) -> DryReport | None:
+    try:
+        return DryReport.model_validate(event["result"])
+    except ValidationError:
+        return None
+
+
+def _trial(
+    size: int, outcome: Outcome, report: DryReport | None, predicted: int | None, seconds: float, message: str
+) -> Trial:
+    known = report if outcome == "completed" else None
+    return Trial(
+        micro_batch_size=size,
+        outcome=outcome,
+        peak_bytes=known.peak_bytes if known else None,
+        predicted_peak_bytes=predicted,
+        phases=known.phases if known else {},
+        resident_bytes=known.resident_bytes if known else None,
+        host_peak_bytes=known.host_peak_bytes if known else None,
+        timings=known.timings if known else (),
+        seconds=seconds,
+        message=message,
+    )

@@ -1,0 +1,206 @@
+"""The contract: what was asked, what there is, what was decided. Frozen types that go to JSON and back unchanged.
+
+The supervisor writes a plan and the worker obeys it; nothing that changes memory or numbers lies outside `Workload`
+and `Batching`. No files, no clock, no environment.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+SCHEMA = "chatlm.plan/1"
+
+Task = Literal["causal", "seq2seq"]
+Stage = Literal["pretrain", "sft"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Device = Literal["cuda", "cpu"]
+Layout = Literal["fixed"]
+LossHead = Literal["full"]
+CpuAllocator = Literal["fast", "tight"]
+Switch = Literal["on", "off"]
+LimitedBy = Literal["memory", "effective_batch", "speed", "data", "user"]
+Outcome = Literal["completed", "out_of_memory", "killed", "timed_out"]
+
+
+class Fact(BaseModel):
+    """A frozen value with named fields; an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Workload(Fact):
+    """All that decides the memory and the numbers of one step, whatever the batch."""
+
+    model: str
+    task: Task
+    stage: Stage
+    parameters: int
+    trainable_parameters: int
+    vocabulary_size: int
+    max_seq_len: PositiveInt
+    """Worst-case tokens of one row: of the sequence (causal) or of the source (seq2seq)."""
+    max_target_len: int
+    """Worst-case tokens of one target row (seq2seq); 0 for a causal model."""
+    precision: Precision
+    optimizer: Literal["adamw"]
+    gradient_checkpointing: Switch
+    frozen: tuple[str, ...]
+    dropout: float | None
+    """None leaves the model's own."""
+    layout: Layout
+    loss_head: LossHead
+    attention: str
+    compile: Switch
+    cpu_allocator: CpuAllocator
+    tokenizer_fingerprint: str | None
+    data_fingerprint: str | None
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Worst-case tokens that one row costs, source and target together."""
+        return self.max_seq_len + self.max_target_len
+
+
+class Hardware(Fact):
+    """What the machine has and has free, before anything of ours was started."""
+
+    device: Device
+    device_name: str
+    world_size: PositiveInt
+    device_memory_total_bytes: int
+    device_memory_free_bytes: int
+    """What one more process may take on the device: on a CPU the same as `host_memory_available_bytes`."""
+    host_memory_total_bytes: int
+    host_memory_available_bytes: int
+    """The least that the system, the control groups above us and our resource limits leave."""
+    host_memory_limited_by: str
+    """Which of them that is, for people."""
+    disk_free_bytes: int
+    cores: PositiveInt
+    """Processor cores that we may use: affinity and control-group quota."""
+    compute_capability: tuple[int, int] | None
+    fast_bf16: bool
+    """Whether bf16 arithmetic is done by the hardware: capability 8.0 and above, avx512_bf16 or amx."""
+
+
+class Batching(Fact):
+    """How the effective batch is reached, exactly."""
+
+    micro_batch_size: PositiveInt
+    gradient_accumulation_steps: PositiveInt
+    expected_micro_batches_per_step: float
+    world_size: PositiveInt
+    effective_batch_size: PositiveInt
+    largest_safe_micro_batch_size: PositiveInt
+    limited_by: LimitedBy
+
+
+class Memory(Fact):
+    """The account of the chosen micro-batch, at the worst case that the data or the limits allow."""
+
+    limit_bytes: int
+    limit_from: str
+    """Which limit binds, for people."""
+    headroom_bytes: int
+    budget_bytes: int
+    predicted_peak_bytes: int | None
+    measured_peak_bytes: int | None
+    expected_peak_bytes: int | None
+    phases: dict[str, int]
+    items: dict[str, int]
+    host_budget_bytes: int
+    host_peak_bytes: int
+
+
+class Speed(Fact):
+    """Of the chosen micro-batch, at full length; seconds = alpha + beta x padded tokens for one micro-batch."""
+
+    tokens_per_second: float
+    samples_per_second: float
+    seconds_per_step: float
+    alpha_seconds: float
+    beta_seconds_per_token: float
+
+
+class Forecast(Fact):
+    """What the run will take on this data."""
+
+    rows: int
+    epochs: float
+    steps_per_epoch: int
+    total_steps: int
+    seconds_per_epoch: float
+    total_seconds: float
+    padded_tokens_per_sample: float
+    """Mean tokens that a sample costs, padding included, under the plan's layout."""
+
+
+class Timing(Fact):
+    """How long a dry step took, by micro-batch."""
+
+    padded_tokens: int
+    """Of one micro-batch."""
+    seconds: float
+    """Of the step, divided by its micro-batches."""
+
+
+class Trial(Fact):
+    """One size tried, and what happened."""
+
+    micro_batch_size: PositiveInt
+    outcome: Outcome
+    peak_bytes: int | None
+    """None when the trial did not live to tell."""
+    predicted_peak_bytes: int | None
+    phases: dict[str, int]
+    """Peak of each phase: forward_backward, optimizer, evaluation."""
+    resident_bytes: int | None
+    """Held whatever the size: process, weights, gradients, optimizer state."""
+    host_peak_bytes: int | None
+    timings: tuple[Timing, ...]
+    """Of its dry steps in their order; the first one warms up."""
+    seconds: float
+    """Wall time of the trial, imports and model included."""
+    message: str
+
+    @property
+    def completed(self) -> bool:
+        """Whether all of its steps ran to the end."""
+        return self.outcome == "completed"
+
+
+class EvidenceSummary(Fact):
+    """What the plan rests on."""
+
+    kind: Literal["measured", "estimated", "cached"]
+    dry_steps: int
+    timing_steps: int
+    trials: tuple[Trial, ...]
+    out_of_memory_count: int
+    seconds: float
+
+
+class Plan(BaseModel):
+    """What would run here, and why. `to_json` and `from_json` are inverse to each other."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    schema_name: Literal["chatlm.plan/1"] = Field(alias="schema")
+    workload: Workload
+    hardware: Hardware
+    batching: Batching
+    memory: Memory
+    speed: Speed | None
+    forecast: Forecast | None
+    evidence: EvidenceSummary
+
+    def to_json(self) -> str:
+        """Return the plan as an indented JSON object of schema `chatlm.plan/1`."""
+        return self.model_dump_json(by_alias=True, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan; raises `pydantic.ValidationError`, a `ValueError`, for anything else."""
+        return cls.model_validate_json(text)

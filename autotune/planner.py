@@ -1,0 +1,316 @@
+"""Ties the rooms together: hardware + workload -> Plan. Decides by the pure rooms, measures by `measure`."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from autotune.batching import balanced_size, largest_share, reach
+from autotune.errands import DataSummary, Recipe
+from autotune.errors import NothingFitsError
+from autotune.evidence import Evidence, fit
+from autotune.forecast import forecast, measure_speed, rounded, rows_per_second
+from autotune.measure import try_size
+from autotune.plan import (
+    SCHEMA,
+    Batching,
+    EvidenceSummary,
+    Forecast,
+    Hardware,
+    LimitedBy,
+    Memory,
+    Plan,
+    Speed,
+    Trial,
+    Workload,
+)
+from autotune.search import is_safe, largest_safe, next_size
+
+GIB = 2**30
+MIB = 2**20
+HEADROOM_SHARE = 0.05
+LEAST_HEADROOM_BYTES = {"cuda": 256 * MIB, "cpu": 64 * MIB}
+FASTER = 1.05
+"""A smaller micro-batch is taken when it is faster by this factor."""
+AMPLE = 1.5
+"""glibc's fast setting holds up to so much more than is live, and not the same at each run: it needs room for that."""
+PADDING_MULTIPLE = 8
+SHORTEST_SEQUENCE = 64
+
+Trials = Generator[Trial, None, None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user wants of a plan, besides the workload."""
+
+    effective_batch_size: int
+    micro_batch_size: int | None
+    """Fixed by the user: measured, never changed."""
+    prefer: Literal["auto", "largest"]
+    memory_limit_bytes: int | None
+    headroom: float | None
+    """Bytes from 1 on, below 1 a share of the limit, None the default."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be used of a device."""
+
+    limit_bytes: int
+    limit_from: str
+    headroom_bytes: int
+
+    @property
+    def budget_bytes(self) -> int:
+        """What remains."""
+        return self.limit_bytes - self.headroom_bytes
+
+
+def set_budget(hardware: Hardware, memory_limit_bytes: int | None, headroom: float | None) -> Budget:
+    """Take the least of what is free and what the user allows, and keep the headroom back."""
+    limit, source = hardware.device_memory_free_bytes, "free device memory"
+    if hardware.device == "cpu":
+        source = hardware.host_memory_limited_by
+    if memory_limit_bytes is not None and memory_limit_bytes < limit:
+        limit, source = memory_limit_bytes, "--memory-limit"
+    if headroom is None:
+        back = max(HEADROOM_SHARE * limit, LEAST_HEADROOM_BYTES[hardware.device])
+    else:
+        back = headroom if headroom >= 1 else headroom * limit
+    if back >= limit:
+        raise NothingFitsError(
+            f"the limit of {limit / GIB:.2f} GiB ({source}) leaves nothing after {back / GIB:.2f} GiB of headroom",
+            "close other programs, raise --memory-limit or lower --headroom",
+        )
+    return Budget(limit, source, round(back))
+
+
+class Planner:
+    """Makes one plan: iterate `make` for the trials as they end, then read `plan` and `evidence`."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        hardware: Hardware,
+        request: Request,
+        recipe: Recipe,
+        data: DataSummary | None,
+    ) -> None:
+        self._workload, self._hardware, self._request = workload, hardware, request
+        self._recipe, self._data = recipe, data
+        self.budget = set_budget(hardware, request.memory_limit_bytes, request.headroom)
+        self._trials: list[Trial] = []
+        self.plan: Plan | None = None
+
+    @property
+    def evidence(self) -> Evidence:
+        """What the plan rests on: replayed, it gives the same plan."""
+        return Evidence(
+            workload=self._workload,
+            hardware=self._hardware,
+            budget_bytes=self.budget.budget_bytes,
+            trials=tuple(self._trials),
+        )
+
+    def make(self) -> Trials:
+        """Yield each trial as it ends; raises NothingFitsError, with the nearest change that would fit."""
+        fixed = self._request.micro_batch_size
+        if fixed is not None:
+            yield from self._try(fixed)
+            self._check_fixed(self._trials[-1])
+            self.plan = self._write(fixed, "user")
+        else:
+            yield from self._search()
+            if largest_safe(self._trials, self.budget.budget_bytes) == 0:
+                yield from self._explain_nothing_fits()
+            rows, limited_by = yield from self._choose()
+            self.plan = self._write(rows, limited_by)
+
+    @property
+    def _share(self) -> int:
+        """The most rows that a micro-batch can use: a rank's share of a step."""
+        samples = self._request.effective_batch_size
+        if self._data is not None:
+            samples = min(samples, self._data.samples)
+        return largest_share(samples, self._hardware.world_size)
+
+    def _try(self, rows: int) -> Trials:
+        model = fit(self._trials)
+        predicted = model.peak_bytes(rows) if model else None
+        trial = try_size(self._workload, self._hardware, rows, self.budget.limit_bytes, predicted)
+        self._trials.append(trial)
+        yield trial
+
+    def _search(self) -> Trials:
+        """Search at glibc's fast setting where memory is ample, else at its tight one, whose peaks are what is live."""
+        if self._workload.cpu_allocator == "fast":
+            yield from self._try(1)
+            model = fit(self._trials)
+            if model is None or AMPLE * model.peak_bytes(self._share) > self.budget.budget_bytes:
+                self._start_tight()
+        yield from self._narrow()
+        largest = max((t.peak_bytes or 0 for t in self._trials), default=0)
+        if self._workload.cpu_allocator == "fast" and AMPLE * largest > self.budget.budget_bytes:
+            self._start_tight()
+            yield from self._narrow()
+
+    def _start_tight(self) -> None:
+        """Forget what was measured at the fast setting: it tells nothing of the tight one."""
+        self._workload = self._workload.model_copy(update={"cpu_allocator": "tight"})
+        self._trials.clear()
+
+    def _narrow(self) -> Trials:
+        while (size := next_size(self._trials, self.budget.budget_bytes, self._share)) is not None:
+            yield from self._try(size)
+
+    def _choose(self) -> Generator[Trial, None, tuple[int, LimitedBy]]:
+        """Balance the micro-batches below the largest safe one; take a smaller size only where it is faster."""
+        budget, share = self.budget.budget_bytes, self._share
+        largest = largest_safe(self._trials, budget)
+        rows = balanced_size(share, largest)
+        while rows not in (tried := {t.micro_batch_size: t for t in self._trials}):
+            yield from self._try(rows)
+        if not is_safe(tried[rows], budget):
+            rows = largest  # memory need not be monotone in rows; the largest safe one was measured
+        limited_by: LimitedBy = "memory"
+        if rows == share:
+            whole = largest_share(self._request.effective_batch_size, self._hardware.world_size)
+            limited_by = "effective_batch" if share == whole else "data"
+        if self._request.prefer == "auto":
+            smaller = [t for t in self._trials if is_safe(t, budget) and t.micro_batch_size < rows]
+            fastest = max(smaller, key=rows_per_second, default=tried[rows])
+            if rows_per_second(fastest) > FASTER * rows_per_second(tried[rows]):
+                return fastest.micro_batch_size, "speed"
+        return rows, limited_by
+
+    def _check_fixed(self, trial: Trial) -> None:
+        if is_safe(trial, self.budget.limit_bytes):
+            return
+        needs = f"needs {trial.peak_bytes / GIB:.2f} GiB" if trial.peak_bytes else f"did not fit ({trial.message})"
+        raise NothingFitsError(
+            f"a batch of {trial.micro_batch_size} rows of {self._workload.tokens_per_row} tokens {needs}, "
+            f"the limit is {self.budget.limit_bytes / GIB:.2f} GiB ({self.budget.limit_from})",
+            "leave --batch-size-per-gpu out and give --auto: the effective batch stays the same",
+        )
+
+    def _explain_nothing_fits(self) -> Trials:
+        """Try the changes that would fit, mildest first, and raise with the first that does."""
+        first = self._trials[0]
+        row = f"one row of {self._workload.tokens_per_row} tokens"
+        needs = f"{row} needs {first.peak_bytes / GIB:.2f} GiB" if first.peak_bytes else f"{row} does not fit"
+        budget = self.budget
+        message = (
+            f"{needs}; the budget is {budget.budget_bytes / GIB:.2f} GiB ({budget.limit_bytes / GIB:.2f} GiB by "
+            f"{budget.limit_from}, less {budget.headroom_bytes / GIB:.2f} GiB of headroom), and the weights, "
+            f"gradients and optimizer state alone take {_state_bytes(self._workload) / GIB:.2f} GiB"
+        )
+        for change, workload in milder(self._workload):
+            trial = try_size(workload, self._hardware, 1, budget.limit_bytes)
+            yield trial
+            if is_safe(trial, budget.budget_bytes):
+                raise NothingFitsError(message, f"{change} would fit: {(trial.peak_bytes or 0) / GIB:.2f} GiB")
+        raise NothingFitsError(message, "no shorter sequence would fit either: take a smaller model")
+
+    def _write(self, rows: int, limited_by: LimitedBy) -> Plan:
+        trial = next(t for t in self._trials if t.micro_batch_size == rows)
+        batching = reach(
+            self._request.effective_batch_size,
+            self._hardware.world_size,
+            rows,
+            max(rows, largest_safe(self._trials, self.budget.budget_bytes)),
+            limited_by,
+        )
+        speed = measure_speed(trial, self._workload, batching)
+        return Plan(
+            schema_name=SCHEMA,
+            workload=self._workload,
+            hardware=self._hardware,
+            batching=batching,
+            memory=self._account(trial),
+            speed=speed,
+            forecast=self._forecast(batching, speed),
+            evidence=summarise(self._trials),
+        )
+
+    def _account(self, trial: Trial) -> Memory:
+        assert trial.peak_bytes is not None
+        assert trial.resident_bytes is not None
+        on_cpu = self._hardware.device == "cpu"
+        return Memory(
+            limit_bytes=self.budget.limit_bytes,
+            limit_from=self.budget.limit_from,
+            headroom_bytes=self.budget.headroom_bytes,
+            budget_bytes=self.budget.budget_bytes,
+            predicted_peak_bytes=trial.predicted_peak_bytes,
+            measured_peak_bytes=trial.peak_bytes,
+            expected_peak_bytes=None,
+            phases=trial.phases,
+            items=itemise(self._workload, trial.resident_bytes, trial.peak_bytes),
+            host_budget_bytes=self.budget.budget_bytes if on_cpu else _host_budget(self._hardware),
+            host_peak_bytes=trial.host_peak_bytes or 0,
+        )
+
+    def _forecast(self, batching: Batching, speed: Speed | None) -> Forecast | None:
+        if self._data is None or speed is None:
+            return None
+        limits = (self._workload.max_seq_len, self._workload.max_target_len)
+        lengths = [
+            rounded(histogram, PADDING_MULTIPLE, limit)
+            for histogram, limit in zip(self._data.lengths, limits, strict=False)
+        ]
+        recipe = self._recipe
+        return forecast(self._data.samples, recipe.epochs, recipe.max_steps, lengths, batching, speed)
+
+
+def milder(workload: Workload) -> list[tuple[str, Workload]]:
+    """List changes that need less memory, mildest first, each with the option that makes it."""
+    changes = []
+    if workload.gradient_checkpointing == "off":
+        workload = workload.model_copy(update={"gradient_checkpointing": "on"})
+        changes.append(("--gradient-checkpointing on", workload))
+    length = max(workload.max_seq_len, workload.max_target_len)
+    while (length := length // 2) >= SHORTEST_SEQUENCE:
+        shorter = {
+            "max_seq_len": min(workload.max_seq_len, length),
+            "max_target_len": min(workload.max_target_len, length),
+        }
+        options = f"--gradient-checkpointing on --max-seq-len {length}"
+        if workload.task == "seq2seq":
+            options += f" --max-target-len {length}"
+        changes.append((options, workload.model_copy(update=shorter)))
+    return changes
+
+
+def itemise(workload: Workload, resident_bytes: int, peak_bytes: int) -> dict[str, int]:
+    """Say what the peak is made of: fp32 weights and gradients, two moments, the process, and what grows with rows."""
+    items = {
+        "weights": 4 * workload.parameters,
+        "gradients": 4 * workload.trainable_parameters,
+        "optimizer_state": 8 * workload.trainable_parameters,
+    }
+    items["process"] = max(0, resident_bytes - sum(items.values()))
+    items["activations_and_temporaries"] = max(0, peak_bytes - sum(items.values()))
+    return items
+
+
+def _host_budget(hardware: Hardware) -> int:
+    available = hardware.host_memory_available_bytes
+    return round(available - max(HEADROOM_SHARE * available, LEAST_HEADROOM_BYTES["cpu"]))
+
+
+def _state_bytes(workload: Workload) -> int:
+    return 4 * workload.parameters + 12 * workload.trainable_parameters
+
+
+def summarise(trials: Sequence[Trial]) -> EvidenceSummary:
+    """Count what was tried."""
+    return EvidenceSummary(
+        kind="measured",
+        dry_steps=sum(len(t.timings) for t in trials),
+        timing_steps=0,
+        trials=tuple(trials),
+        out_of_memory_count=sum(t.outcome in ("out_of_memory", "killed") for t in trials),
+        seconds=sum(t.seconds for t in trials),
+    )

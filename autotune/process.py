@@ -1,0 +1,193 @@
+"""Starts a worker, streams its events, and knows how it ended. What the worker is asked and answers is not its affair.
+
+Every worker is started alike: same program, environment and threads, so that what is measured is what will run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryFile
+from types import TracebackType
+from typing import IO, Any
+
+from autotune.errands import Errand
+from autotune.errors import KINDS
+from autotune.plan import CpuAllocator
+
+Event = dict[str, Any]
+
+COMMAND = (sys.executable, "-P", "-m", "trainer.worker")
+"""-P: a file of the user's that is called trainer.py, in the folder he stands in, is not ours."""
+HOME = Path(__file__).resolve().parent.parent
+"""Where our rooms lie: the worker runs the same code as we do."""
+
+MIB = 2**20
+ALLOCATORS: dict[CpuAllocator, dict[str, str]] = {
+    "fast": {
+        "MALLOC_TOP_PAD_": str(256 * MIB),
+        "MALLOC_MMAP_THRESHOLD_": str(1024 * MIB),
+        "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    },
+    "tight": {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_TRIM_THRESHOLD_": str(MIB)},
+}
+"""glibc's settings (mallopt(3)). `fast` keeps what it once had, so that pages are not faulted in again at each step;
+`tight` gives every large tensor a mapping of its own, so that the peak is what is live."""
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "true"}
+TAIL_BYTES = 4000
+POLL_SECONDS = 0.02
+
+
+class Worker:
+    """One worker with one errand: iterate for its events, then ask how it ended. Leaving the context ends it."""
+
+    def __init__(
+        self, errand: Errand, cores: int, allocator: CpuAllocator = "fast", log: IO[bytes] | None = None
+    ) -> None:
+        self._errand, self._log = errand, log or TemporaryFile()  # noqa: SIM115 # closed when the worker is left
+        self._environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(HOME), os.environ.get("PYTHONPATH")))),
+            "CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
+            **OFFLINE,
+            **ALLOCATORS[allocator],
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores)),
+            "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"),
+            "PYTHONUNBUFFERED": "1",
+        }
+        self._lines: queue.Queue[bytes | None] = queue.Queue()
+
+    def __enter__(self) -> Worker:
+        self._began = time.monotonic()
+        # A session of its own: Ctrl-C in the terminal reaches us alone, and we tell the worker.
+        self._process = subprocess.Popen(
+            COMMAND,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=self._environment,
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(self._errand.model_dump_json(by_alias=True).encode())
+            self._process.stdin.close()
+        except BrokenPipeError:
+            pass  # it died at once; the exit code tells
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        self._reader.join()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def poll(self) -> Iterator[Event | None]:
+        """Yield each event as it comes, and None when none has come for a moment; raises the user's own mistakes."""
+        while True:
+            try:
+                line = self._lines.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                yield None
+                continue
+            if line is None:
+                self._process.wait()
+                return
+            event = _parsed(line)
+            if event.get("event") == "error" and event.get("type") in KINDS:
+                raise KINDS[event["type"]](event["message"], event["hint"])
+            yield event
+
+    def events(self) -> Iterator[Event]:
+        """Yield each event as it comes."""
+        return (event for event in self.poll() if event is not None)
+
+    @property
+    def process_id(self) -> int:
+        """The worker's process."""
+        return self._process.pid
+
+    @property
+    def seconds(self) -> float:
+        """Since it was started."""
+        return time.monotonic() - self._began
+
+    @property
+    def exit_code(self) -> int:
+        """What it ended with; negative is a signal."""
+        return self._process.wait()
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether it died by signal 9, which on Linux is what an out-of-memory killer sends."""
+        return self.exit_code == -getattr(signal, "SIGKILL", 9)
+
+    def interrupt(self) -> None:
+        """Ask it to finish its step, save and leave."""
+        self._process.send_signal(signal.SIGINT if sys.platform != "win32" else signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+
+    def last_words(self) -> str:
+        """Return the end of what it wrote to stderr."""
+        self._log.flush()
+        self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, self._log.tell() - TAIL_BYTES))
+        return self._log.read().decode(errors="replace").strip()
+
+
+class WorkerCrashedError(Exception):
+    """A worker ended in a way that no user's mistake explains: a bug, with its last words."""
+
+
+def ask(errand: Errand, cores: int) -> Iterator[Event]:
+    """Run an errand that ends in a `result` event; yields its events, and raises if it ends without one."""
+    with Worker(errand, cores) as worker:
+        answered = False
+        for event in worker.events():
+            answered |= event["event"] == "result"
+            yield event
+        if not answered:
+            raise WorkerCrashedError(f"the worker ended with exit code {worker.exit_code}:\n{worker.last_words()}")
+
+
+def held_bytes(process_id: int) -> int:
+    """Return the anonymous and shared memory that a process holds, 0 where the system does not say."""
+    try:
+        lines = Path(f"/proc/{process_id}/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    sizes = dict(line.split(":", 1) for line in lines if line.startswith(("RssAnon", "RssShmem")))
+    return sum(int(size.split()[0]) * 1024 for size in sizes.values())
+
+
+def _parsed(line: bytes) -> Event:
+    """Read one line; what is no event of ours (a library that writes to our pipe) is an event of no kind."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {"event": ""}
+    return event if isinstance(event, dict) and "event" in event else {"event": ""}

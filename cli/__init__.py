@@ -1,0 +1,121 @@
+"""The command line, the only voice of the program: parses, wires, prints, ends with an exit code. Never loads torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from autotune.errors import UserError
+from cli.options import takes_settings
+
+INTERNAL_ERROR = 70
+EXIT_CODES = (
+    "Exit codes: 0 ok; 1 nothing fits; 2 usage or configuration; 3 data; 4 device or disk; 5 output folder in use; "
+    "70 internal error; 130, 143 ended by a signal, model saved."
+)
+
+chatlm = typer.Typer(
+    name="chatlm",
+    help="Finds the largest safe batch for a small language model on this machine, and trains it.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="rich",
+)
+
+Profile = Annotated[
+    str | None, typer.Option("--profile", help="Profile, or a TOML file of one's own.", metavar="NAME|FILE")
+]
+Config = Annotated[
+    str | None, typer.Option("--config", help="TOML file of settings; wins over the profile.", metavar="FILE")
+]
+ShowConfig = Annotated[bool, typer.Option("--show-config", help="Print every value and where it came from, and leave.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn what a user can mend into one sentence and an exit code; anything else is a bug, and says so."""
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        debug = arguments.pop("debug")
+        try:
+            command(**arguments)
+        except UserError as error:
+            from cli.render import fail
+
+            fail(error.message, error.hint)
+            if debug:
+                raise
+            raise typer.Exit(error.exit_code) from None
+        except (typer.Exit, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            if debug:
+                raise
+            from cli.render import fail
+
+            fail(
+                f"internal error: {type(error).__name__}: {error}",
+                "run again with --debug, and report what it shows",
+            )
+            raise typer.Exit(INTERNAL_ERROR) from None
+
+    return run
+
+
+@chatlm.command()
+@takes_settings
+@guarded
+def plan(
+    given: dict[str, Any],
+    profile: Profile = None,
+    config: Config = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON of chatlm.plan/1.")] = False,
+    show_config: ShowConfig = False,
+    debug: Debug = False,
+) -> None:
+    """Print the batch that would run here, what it costs, and why it is not larger."""
+    from cli.commands import plan_command
+
+    plan_command(given, profile, config, as_json=as_json, show_config=show_config)
+
+
+@chatlm.command()
+@takes_settings
+@guarded
+def train(
+    given: dict[str, Any],
+    auto: Annotated[bool, typer.Option("--auto", help="Plan first: search the largest safe batch.")] = False,
+    plan_file: Annotated[str | None, typer.Option("--plan", help="Train a plan made earlier.", metavar="FILE")] = None,
+    profile: Profile = None,
+    config: Config = None,
+    show_config: ShowConfig = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model, and leave one that transformers loads."""
+    from cli.commands import train_command
+
+    train_command(given, profile, config, auto=auto, plan_file=plan_file, show_config=show_config)
+
+
+@chatlm.command()
+@guarded
+def profiles(debug: Debug = False) -> None:
+    """List the profiles."""
+    from cli.render import print_profiles
+    from profiles import load_profile, profile_names
+
+    print_profiles({name: load_profile(name) for name in profile_names()})
+
+
+def app() -> None:
+    """Run the command line."""
+    chatlm()
+
+
+if __name__ == "__main__":
+    app()

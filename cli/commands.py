@@ -1,0 +1,234 @@
+"""What each command does, from settings to result."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import typer
+
+from autotune.errands import Preprocessed, Train
+from autotune.errors import NothingFitsError, UserError
+from autotune.hardware import read_hardware
+from autotune.plan import Hardware, Plan
+from autotune.planner import Planner
+from autotune.process import Worker, WorkerCrashedError, ask
+from cli.options import as_arguments
+from cli.progress import RunProgress
+from cli.render import (
+    batch_line,
+    duration,
+    gib,
+    out,
+    print_config,
+    print_json,
+    print_plan,
+    say,
+    trial_line,
+    warn,
+)
+from cli.wiring import (
+    fit_plan,
+    make_recipe,
+    make_request,
+    make_workload,
+    notes,
+    open_run,
+    preprocess_errand,
+    read_plan,
+    settings_of_plan,
+    write_run,
+)
+from profiles import Resolved, Settings, resolve
+
+
+def plan_command(
+    given: dict[str, Any], profile: str | None, config: str | None, *, as_json: bool, show_config: bool
+) -> None:
+    """Plan, and print the plan."""
+    resolved = resolve(given, config, profile)
+    if show_config:
+        print_config(resolved)
+        return
+    hardware = read_hardware(Path(resolved.settings.output_dir or "."))
+    facts = _preprocess(resolved.settings, hardware, demo=False)
+    planner = _make_plan(resolved, facts, hardware, search=True)
+    assert planner.plan is not None
+    if as_json:
+        print_json(planner.plan.to_json())
+        return
+    sources = {"profile": profile, "config": config}
+    typed = as_arguments({name: value for name, value in sources.items() if value} | given)
+    print_plan(
+        planner.plan,
+        facts,
+        _profile_line(resolved, profile),
+        shlex.join(["chatlm", "train", "--auto", *typed]),
+    )
+
+
+def _profile_line(resolved: Resolved, profile: str | None) -> str | None:
+    rows = resolved.settings.batch_size_per_gpu
+    return f"{profile} {rows}" if profile and rows and not resolved.given_by_hand("batch_size_per_gpu") else profile
+
+
+def train_command(
+    given: dict[str, Any],
+    profile: str | None,
+    config: str | None,
+    *,
+    auto: bool,
+    plan_file: str | None,
+    show_config: bool,
+) -> None:
+    """Plan unless there is a plan, then train it."""
+    resolved = resolve(given, config, profile)
+    if show_config:
+        print_config(resolved)
+        return
+    job = _planned(resolved, plan_file) if plan_file else _plan_job(resolved, auto=auto)
+    folder = open_run(job.settings, job.facts.model, job.hardware)
+    write_run(folder, resolved, job.settings, job.plan, job.evidence)
+    say(f"{batch_line(job.plan.batching)}; run in {folder}")
+    _train(job, folder)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a training needs, decided."""
+
+    settings: Settings
+    facts: Preprocessed
+    hardware: Hardware
+    plan: Plan
+    evidence: str | None
+
+
+def _plan_job(resolved: Resolved, *, auto: bool) -> Job:
+    settings = resolved.settings
+    hardware = read_hardware(Path(settings.output_dir or "."))
+    facts = _preprocess(settings, hardware, demo=True)
+    planner = _make_plan(resolved, facts, hardware, search=auto)
+    assert planner.plan is not None
+    return Job(settings, facts, hardware, planner.plan, planner.evidence.model_dump_json(indent=2))
+
+
+def _planned(resolved: Resolved, plan_file: str) -> Job:
+    plan = read_plan(plan_file)
+    settings = settings_of_plan(plan, resolved)
+    hardware = read_hardware(Path(settings.output_dir or "."))
+    facts = _preprocess(settings, hardware, demo=True)
+    return Job(settings, facts, hardware, fit_plan(plan, facts), None)
+
+
+def _preprocess(settings: Settings, hardware: Hardware, *, demo: bool) -> Preprocessed:
+    answer: dict[str, Any] = {}
+    for event in ask(preprocess_errand(settings, demo=demo), hardware.cores):
+        if event["event"] == "progress":
+            say(f"{event['doing']}: {event['rows']:,} rows")
+        elif event["event"] == "result":
+            answer = event["result"]
+    facts = Preprocessed.model_validate(answer)
+    for note in notes(settings, facts):
+        warn(note)
+    return facts
+
+
+def _make_plan(resolved: Resolved, facts: Preprocessed, hardware: Hardware, *, search: bool) -> Planner:
+    settings = resolved.settings
+    workload = make_workload(settings, facts, hardware)
+    request = make_request(resolved, hardware.world_size, search=search)
+    recipe = make_recipe(settings, workload.stage)
+    planner = Planner(workload, hardware, request, recipe, facts.data)
+    for trial in planner.make():
+        say(trial_line(trial))
+    return planner
+
+
+def _train(job: Job, folder: Path) -> None:
+    """Run the worker to its end, showing its rows; a signal lets it finish its step and save."""
+    facts = job.facts
+    assert facts.data is not None
+    assert facts.tokenizer_dir is not None
+    assert facts.ids is not None
+    errand = Train(
+        plan=job.plan,
+        recipe=make_recipe(job.settings, job.plan.workload.stage),
+        store=facts.data.store,
+        validation_store=facts.validation.store if facts.validation else None,
+        tokenizer_dir=facts.tokenizer_dir,
+        ids=facts.ids,
+        output_dir=str(folder),
+    )
+    allocator = job.plan.workload.cpu_allocator
+    with (
+        (folder / "log.txt").open("w+b") as log,
+        Worker(errand, job.hardware.cores, allocator, log) as worker,
+        _signals_to(worker) as signals,
+        RunProgress() as progress,
+    ):
+        for event in worker.events():
+            if event["event"] == "metrics":
+                progress.show(event["row"])
+            elif event["event"] == "out_of_memory":
+                raise _no_longer_fits(job.plan, progress, str(event["message"]))
+        if not progress.ended and not signals:
+            raise _unexpected_end(worker, job.plan, progress)
+    _summarise(progress, job.plan)
+    if signals:
+        raise typer.Exit(128 + signals[0])
+
+
+@contextmanager
+def _signals_to(worker: Worker) -> Iterator[list[int]]:
+    """Hand the first signal on as a wish to stop, and end at once on the second; yields those that came."""
+    came: list[int] = []
+
+    def take(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) > 1:
+            worker.kill()
+            raise typer.Exit(128 + number)
+        say("stopping: finishing the step and saving the model; once more ends at once")
+        worker.interrupt()
+
+    before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _no_longer_fits(plan: Plan, progress: RunProgress, message: str) -> UserError:
+    return NothingFitsError(
+        f"memory ran out after step {progress.steps} ({message}); the plan measured a peak of "
+        f"{gib(plan.memory.measured_peak_bytes)} of {gib(plan.memory.limit_bytes)} free then",
+        "another program has taken memory since: close it, or plan again with --auto",
+    )
+
+
+def _unexpected_end(worker: Worker, plan: Plan, progress: RunProgress) -> Exception:
+    if worker.was_killed:
+        return _no_longer_fits(plan, progress, "killed by signal 9, as an out-of-memory killer does")
+    return WorkerCrashedError(f"the worker ended with exit code {worker.exit_code}:\n{worker.last_words()}")
+
+
+def _summarise(progress: RunProgress, plan: Plan) -> None:
+    if not progress.steps:
+        out.print("no step was finished; nothing was trained")
+        return
+    validation = f", validation {progress.validation_loss:.4f}" if progress.validation_loss is not None else ""
+    out.print(
+        f"{progress.ended} after {progress.steps} steps in {duration(progress.seconds)}: loss "
+        f"{progress.first_loss:.4f} -> {progress.last_loss:.4f}{validation}; "
+        f"{progress.tokens / max(progress.seconds, 1e-9):,.0f} tokens/s; "
+        f"peak {gib(progress.peak_bytes)} (plan {gib(plan.memory.measured_peak_bytes)})"
+    )
+    out.print(f"model: {progress.model}")

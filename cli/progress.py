@@ -1,0 +1,88 @@
+"""A run as it goes: a live line on a terminal, a plain line every half minute elsewhere. Counts in optimizer steps."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from cli.render import duration, err, gib, say
+
+Metrics = dict[str, Any]
+QUIET_SECONDS = 30.0
+
+
+class RunProgress:
+    """Shows the rows of a run as they come, and remembers the few that its summary needs."""
+
+    def __init__(self) -> None:
+        self.first_loss = self.last_loss = float("nan")
+        self.validation_loss: float | None = None
+        self.peak_bytes = 0
+        self.steps = self.tokens = 0
+        self.seconds = 0.0
+        self.ended = ""
+        self.model = ""
+        self._total = 0
+        self._told = time.monotonic()
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if err.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                console=err,
+            )
+
+    def __enter__(self) -> RunProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, row: Metrics) -> None:
+        """Take in one row of metrics."""
+        if row["kind"] == "train":
+            self._show_step(row)
+        elif row["kind"] == "validation":
+            self.validation_loss = row["loss"]
+            self._print(f"step {row['step']}: validation loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}")
+        elif row["event"] == "started":
+            self._total = row["total_steps"]
+            if self._bar is not None:
+                self._task = self._bar.add_task("", total=self._total)
+        else:
+            self.ended, self.model = row["event"], row.get("model", "")
+
+    def _show_step(self, row: Metrics) -> None:
+        if not self.steps:
+            self.first_loss = row["loss"]
+        self.steps, self.last_loss = row["step"], row["loss"]
+        self.tokens += row["tokens"]
+        self.seconds += row["seconds"]
+        self.peak_bytes = max(self.peak_bytes, row["peak_memory_bytes"])
+        left = (self._total - self.steps) * self.seconds / self.steps
+        text = (
+            f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
+            f"peak {gib(self.peak_bytes)}  ETA {duration(left)}"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.steps, description=text)
+        elif self.steps in (1, self._total) or time.monotonic() - self._told >= QUIET_SECONDS:
+            self._told = time.monotonic()
+            say(f"step {self.steps}/{self._total}  {text}")
+
+    def _print(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text)
+        else:
+            say(text)

@@ -1,0 +1,230 @@
+"""Facts -> what people read. The result goes to stdout, all else to stderr; no colour is needed to understand it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from autotune.errands import DataSummary, Preprocessed
+from autotune.evidence import fit
+from autotune.forecast import rows_per_second
+from autotune.plan import Batching, Plan, Trial
+from cli.wiring import balanced_note, percentile
+from profiles import Resolved
+
+GIB = 2**30
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Tell on stderr what is being done."""
+    err.print(escape(text))
+
+
+def warn(text: str) -> None:
+    """Tell on stderr what the user should know."""
+    err.print(f"[bold yellow]warning:[/] {escape(text)}")
+
+
+def fail(message: str, hint: str) -> None:
+    """Tell on stderr what went wrong, and what to do."""
+    err.print(f"[bold red]error:[/] {escape(message)}")
+    if hint:
+        err.print(f"[bold]hint:[/] {escape(hint)}")
+
+
+def print_json(text: str) -> None:
+    """Give the result as data, untouched by any rendering."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def gib(size: int | None) -> str:
+    """Render bytes as GiB."""
+    return "-" if size is None else f"{size / GIB:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Render a time as people say it: 42 s, 3 min, 2 h 10 min, 4 d 3 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def trial_line(trial: Trial) -> str:
+    """Say in a line what a dry trial came to."""
+    rows = f"{trial.micro_batch_size} row" + "s" * (trial.micro_batch_size > 1)
+    if trial.completed:
+        return f"dry steps of {rows}: peak {gib(trial.peak_bytes)}, {trial.seconds:.1f} s in all"
+    return f"dry steps of {rows}: {trial.outcome.replace('_', ' ')} ({trial.message}), {trial.seconds:.1f} s in all"
+
+
+def print_plan(plan: Plan, facts: Preprocessed, profile: str | None, command: str) -> None:
+    """Print what would run, why it is not larger, and the command that runs it."""
+    batching = plan.batching
+    out.print(f"[bold]{batch_line(batching)}[/]\n")
+    table = Table.grid(padding=(0, 3))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in _plan_rows(plan, facts, profile):
+        table.add_row(f"  {name}", escape(text))
+    out.print(table)
+    out.print()
+    out.print(_trials_table(plan))
+    out.print(f"[bold]Train it:[/]  {escape(command)}")
+
+
+def batch_line(batching: Batching) -> str:
+    """Say the batch as a product, and that it is exact."""
+    note = balanced_note(batching)
+    return (
+        f"{batching.micro_batch_size} rows x {batching.gradient_accumulation_steps} accumulation "
+        f"x {batching.world_size} rank{'s' * (batching.world_size > 1)} "
+        f"= effective batch {batching.effective_batch_size}, exactly" + (f" ({note})" if note else "")
+    )
+
+
+def _plan_rows(plan: Plan, facts: Preprocessed, profile: str | None) -> list[tuple[str, str]]:
+    work, machine, memory = plan.workload, plan.hardware, plan.memory
+    rows = [
+        ("Model", f"{work.model}, {work.parameters / 1e6:.1f} M parameters, {work.task}, {work.precision}"),
+        (
+            "Machine",
+            f"{machine.device_name}, {gib(machine.device_memory_free_bytes)} free, {machine.cores} cores",
+        ),
+    ]
+    if facts.data is not None:
+        rows.insert(1, ("Data", _data_line(facts.data)))
+    worst = f"{work.max_seq_len}" + (f" + {work.max_target_len}" if work.max_target_len else "")
+    rows.append(
+        (
+            "Memory",
+            f"peak {gib(memory.measured_peak_bytes)} at full length ({worst} tokens a row) of a budget of "
+            f"{gib(memory.budget_bytes)} = {gib(memory.limit_bytes)} ({memory.limit_from}) "
+            f"- {gib(memory.headroom_bytes)} headroom",
+        )
+    )
+    if plan.speed is not None:
+        rows.append(
+            (
+                "Speed",
+                f"{plan.speed.seconds_per_step:.2f} s a step, {plan.speed.tokens_per_second:,.0f} tokens/s "
+                "at full length",
+            )
+        )
+    if plan.forecast is not None:
+        cast = plan.forecast
+        rows.append(
+            (
+                "Forecast",
+                f"{cast.total_steps:,} steps ({cast.epochs:g} x {cast.steps_per_epoch:,} in an epoch), "
+                f"about {duration(cast.total_seconds)}",
+            )
+        )
+    if profile is not None:
+        rows.append(("Profile", f"{profile}; chosen {plan.batching.micro_batch_size}"))
+    rows.append(("Not larger", why_not_larger(plan)))
+    return rows
+
+
+def _data_line(data: DataSummary) -> str:
+    sides = ("source", "target") if len(data.lengths) == 2 else ("length",)
+    lengths = "; ".join(
+        f"{side} half up to {percentile(data, i, 0.5)}, 95 % up to {percentile(data, i, 0.95)}, "
+        f"longest {data.longest(i)}"
+        for i, side in enumerate(sides)
+    )
+    return (
+        f"{data.rows:,} rows, {data.stage}, {data.tokens:,} tokens, {data.target_tokens / data.tokens:.0%} of them "
+        f"trained on; {lengths}"
+    )
+
+
+def why_not_larger(plan: Plan) -> str:
+    """Give the reason in a sentence with its numbers."""
+    batching, memory = plan.batching, plan.memory
+    rows, safe = batching.micro_batch_size, batching.largest_safe_micro_batch_size
+    if batching.limited_by == "effective_batch":
+        return f"one micro-batch holds all {rows} samples of a rank's step"
+    if batching.limited_by == "data":
+        return f"there are no more than {rows} samples a rank"
+    if batching.limited_by == "user":
+        return "this size was given, and measured; --auto would search"
+    if batching.limited_by == "speed":
+        return f"{safe} rows are safe, but {rows} were measured to be faster; --prefer largest takes {safe}"
+    reason = f"{safe} rows are the largest safe micro-batch, " + _next_size_up(
+        plan.evidence.trials, safe, memory.budget_bytes
+    )
+    if rows < safe:
+        reason += f"; {batching.gradient_accumulation_steps} equal micro-batches of {rows} reach the step"
+    return reason
+
+
+def _next_size_up(trials: Sequence[Trial], safe: int, budget: int) -> str:
+    larger = sorted((t for t in trials if t.micro_batch_size > safe), key=lambda t: t.micro_batch_size)
+    if larger and larger[0].completed:
+        return f"{larger[0].micro_batch_size} were measured at {gib(larger[0].peak_bytes)}"
+    if larger:
+        return f"{larger[0].micro_batch_size} did not fit ({larger[0].message})"
+    model = fit(trials)
+    assert model is not None
+    predicted = model.peak_bytes(safe + 1)
+    if predicted > budget:
+        return f"{safe + 1} would take {gib(predicted)} by the measured slope"
+    return "give or take a tenth, which is not worth another trial"
+
+
+def _trials_table(plan: Plan) -> Table:
+    table = Table(title="What was measured", title_justify="left", title_style="bold")
+    for name in ("rows", "outcome", "peak", "of budget", "predicted", "rows/s"):
+        table.add_column(name, justify="left" if name == "outcome" else "right")
+    for trial in sorted(plan.evidence.trials, key=lambda t: t.micro_batch_size):
+        share = f"{trial.peak_bytes / plan.memory.budget_bytes:.0%}" if trial.peak_bytes else "-"
+        mark = " <- chosen" if trial.micro_batch_size == plan.batching.micro_batch_size else ""
+        speed = rows_per_second(trial)
+        table.add_row(
+            str(trial.micro_batch_size),
+            trial.outcome.replace("_", " ") + mark,
+            gib(trial.peak_bytes),
+            share,
+            gib(trial.predicted_peak_bytes),
+            f"{speed:.1f}" if speed else "-",
+        )
+    return table
+
+
+def print_profiles(profiles: Mapping[str, Mapping[str, Any]]) -> None:
+    """List profiles with what they set."""
+    table = Table()
+    for name in ("profile", "per GPU", "effective", "epochs", "other values", "for"):
+        table.add_column(name, overflow="fold")
+    shown = ("batch_size_per_gpu", "effective_batch_size", "epochs")
+    for name, values in profiles.items():
+        other = ", ".join(
+            f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in values.items()
+            if k not in (*shown, "about")
+        )
+        table.add_row(name, *(str(values.get(key, "-")) for key in shown), other, str(values.get("about", "")))
+    out.print(table)
+
+
+def print_config(resolved: Resolved) -> None:
+    """List every value and where it came from."""
+    table = Table()
+    for name in ("setting", "value", "from"):
+        table.add_column(name, overflow="fold")
+    for name, value in vars(resolved.settings).items():
+        shown = "-" if value in (None, ()) else " ".join(value) if isinstance(value, tuple) else str(value)
+        table.add_row(name, escape(shown), escape(resolved.origins[name]))
+    out.print(table)

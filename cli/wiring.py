@@ -1,0 +1,291 @@
+"""What was said -> what is done: settings become an errand, a workload, a request, a recipe. Prints nothing."""
+
+from __future__ import annotations
+
+import os
+import time
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from autotune.errands import DataSummary, ModelSummary, Preprocess, Preprocessed, Recipe
+from autotune.errors import ConfigurationError, MachineError, UserError
+from autotune.plan import Batching, Hardware, Plan, Precision, Workload
+from autotune.planner import PADDING_MULTIPLE, Request
+from profiles import Resolved, Settings, parse_bytes, parse_headroom
+
+LEARNING_RATES = {"pretrain": 5e-4, "sft": 1e-4}
+MIB = 2**20
+
+
+class RunExistsError(UserError):
+    """The output folder already holds a run."""
+
+    exit_code = 5
+
+
+def cache_dir() -> Path:
+    """Return where token stores and trained tokenizers are kept: $XDG_CACHE_HOME/chatlm, or ~/.cache/chatlm."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chatlm"
+
+
+def preprocess_errand(settings: Settings, *, demo: bool) -> Preprocess:
+    """Ask what the model and the data are; without data nothing is tokenized, unless the demo's is to be used."""
+    return Preprocess(
+        model=settings.model,
+        tokenizer=settings.tokenizer,
+        dropout=settings.dropout,
+        data=settings.data or (() if demo else None),
+        validation=settings.validation,
+        stage=settings.stage,
+        max_seq_len=settings.max_seq_len,
+        max_target_len=settings.max_target_len or settings.max_seq_len,
+        limit=settings.limit,
+        cache_dir=str(cache_dir()),
+    )
+
+
+def choose_precision(asked: str, family: str, hardware: Hardware) -> Precision:
+    """Take what was asked for, or bf16 where the hardware has it, else fp16 on a GPU (never for T5), else fp32."""
+    t5 = "t5" in family
+    if asked == "fp16" and t5:
+        raise ConfigurationError(
+            "T5 overflows in fp16: its losses become NaN",
+            "use --precision bf16, or fp32 where that is not to be had",
+        )
+    if asked in ("fp32", "bf16", "fp16"):
+        return asked  # type: ignore[return-value] # mypy does not narrow str by a tuple
+    if hardware.fast_bf16:
+        return "bf16"
+    return "fp16" if hardware.device == "cuda" and not t5 else "fp32"
+
+
+def make_workload(settings: Settings, facts: Preprocessed, hardware: Hardware) -> Workload:
+    """Put together what decides a step's memory and numbers, at the worst case that the data or the limits allow."""
+    model = facts.model
+    return Workload(
+        model=settings.model,
+        task=model.task,
+        stage=facts.data.stage if facts.data else settings.stage or "sft",
+        parameters=model.parameters,
+        trainable_parameters=model.trainable_parameters,
+        vocabulary_size=model.vocabulary_size,
+        max_seq_len=_worst_case(settings.max_seq_len, facts, 0),
+        max_target_len=(
+            _worst_case(settings.max_target_len or settings.max_seq_len, facts, 1) if model.task == "seq2seq" else 0
+        ),
+        precision=choose_precision(settings.precision, model.family, hardware),
+        optimizer=settings.optimizer,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        frozen=(),
+        dropout=settings.dropout,
+        layout="fixed",
+        loss_head="full",
+        attention=model.attention,
+        compile="off",
+        cpu_allocator="fast" if hardware.device == "cpu" else "tight",
+        tokenizer_fingerprint=facts.tokenizer_fingerprint,
+        data_fingerprint=facts.data.fingerprint if facts.data else None,
+    )
+
+
+def _worst_case(limit: int, facts: Preprocessed, side: int) -> int:
+    """Return the longest row there can be: the longest sample padded as micro-batches are, or the limit."""
+    sets = [data for data in (facts.data, facts.validation) if data is not None]
+    if not sets:
+        return limit
+    longest = max(data.longest(side) for data in sets)
+    return min(limit, ceil(longest / PADDING_MULTIPLE) * PADDING_MULTIPLE)
+
+
+def make_request(resolved: Resolved, world_size: int, *, search: bool) -> Request:
+    """Say which batch is wanted. One that was typed is fixed; a profile's is, unless a search was asked for."""
+    settings = resolved.settings
+    rows, accumulation = settings.batch_size_per_gpu, settings.gradient_accumulation_steps
+    if rows is not None and search and not resolved.given_by_hand("batch_size_per_gpu"):
+        rows = None
+    effective = settings.effective_batch_size
+    asked = resolved.origins["effective_batch_size"] != "default"
+    if rows is not None:
+        reached = rows * world_size * (accumulation or 1)
+        if accumulation is not None or reached > effective:
+            if asked and reached != effective:
+                raise ConfigurationError(
+                    f"{rows} rows x {accumulation or 1} accumulation x {world_size} ranks are {reached} samples, "
+                    f"not the effective batch of {effective}",
+                    "leave one of the three out",
+                )
+            effective = reached
+    elif accumulation is not None:
+        rows = ceil(effective / (world_size * accumulation))
+    return Request(
+        effective_batch_size=effective,
+        micro_batch_size=rows,
+        prefer=settings.prefer,
+        memory_limit_bytes=parse_bytes(settings.memory_limit) if settings.memory_limit else None,
+        headroom=parse_headroom(settings.headroom) if settings.headroom else None,
+    )
+
+
+def make_recipe(settings: Settings, stage: str) -> Recipe:
+    """Say how to train what the plan describes."""
+    return Recipe(
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        learning_rate=settings.learning_rate or LEARNING_RATES[stage],
+        schedule=settings.schedule,
+        warmup=settings.warmup,
+        weight_decay=settings.weight_decay,
+        clip=settings.clip,
+        seed=settings.seed,
+    )
+
+
+def read_plan(file: str) -> Plan:
+    """Read a plan; raises ConfigurationError for what is none."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{file}: {error}", "make one: chatlm plan --json > plan.json") from None
+    try:
+        return Plan.from_json(text)
+    except ValueError as error:
+        first = str(error).splitlines()
+        raise ConfigurationError(
+            f"{file}: not a plan of chatlm.plan/1: {' '.join(first[1:3]).strip()}",
+            "make one: chatlm plan --json > plan.json",
+        ) from None
+
+
+def settings_of_plan(plan: Plan, resolved: Resolved) -> Settings:
+    """Return the settings with the plan's workload in force; raises ConfigurationError where one typed differs."""
+    workload, batching = plan.workload, plan.batching
+    values: dict[str, Any] = {
+        "model": workload.model,
+        "dropout": workload.dropout,
+        "optimizer": workload.optimizer,
+        "precision": workload.precision,
+        "gradient_checkpointing": workload.gradient_checkpointing,
+        "effective_batch_size": batching.effective_batch_size,
+        "batch_size_per_gpu": batching.micro_batch_size,
+        "gradient_accumulation_steps": batching.gradient_accumulation_steps,
+    }
+    for name, planned in values.items():
+        typed = getattr(resolved.settings, name)
+        if resolved.origins[name] == "command line" and typed != planned:
+            raise ConfigurationError(
+                f"the plan has {name} {planned}, the command line {typed}", "leave it out, or plan again"
+            )
+    return Settings(**{**vars(resolved.settings), **values})
+
+
+def fit_plan(plan: Plan, facts: Preprocessed) -> Plan:
+    """Return the plan with this data in it; raises ConfigurationError where the data is larger than was planned for."""
+    workload, data = plan.workload, facts.data
+    assert data is not None
+    limits = [workload.max_seq_len, workload.max_target_len][: len(data.lengths)]
+    for side, limit in enumerate(limits):
+        longest = max(d.longest(side) for d in (data, facts.validation) if d is not None)
+        if longest > limit:
+            option = ("--max-seq-len", "--max-target-len")[side]
+            raise ConfigurationError(
+                f"the plan holds for rows of {limit} tokens, the longest here has {longest}",
+                f"plan again with this data, or cut it: {option} {limit}",
+            )
+    if facts.model.vocabulary_size > workload.vocabulary_size or facts.model.task != workload.task:
+        raise ConfigurationError(
+            f"the plan is for a {workload.task} model with a vocabulary of {workload.vocabulary_size}, "
+            f"this is {facts.model.task} with {facts.model.vocabulary_size}",
+            "plan again with this data and tokenizer",
+        )
+    changed = {
+        "stage": data.stage,
+        "parameters": facts.model.parameters,
+        "trainable_parameters": facts.model.trainable_parameters,
+        "vocabulary_size": facts.model.vocabulary_size,
+        "tokenizer_fingerprint": facts.tokenizer_fingerprint,
+        "data_fingerprint": data.fingerprint,
+    }
+    return plan.model_copy(update={"workload": workload.model_copy(update=changed)})
+
+
+def open_run(settings: Settings, model: ModelSummary, hardware: Hardware) -> Path:
+    """Make the folder of the run; raises RunExistsError for one that holds a run, MachineError for a full disk."""
+    name = f"{Path(settings.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(settings.output_dir or Path("runs") / name)
+    if (folder / "model").exists() or _has_steps(folder / "metrics.jsonl"):
+        raise RunExistsError(f"{folder} already holds a run", "give another --output-dir, or move that folder away")
+    needed = 2 * 4 * model.parameters + 16 * MIB
+    if hardware.disk_free_bytes < needed:
+        raise MachineError(
+            f"the disk of {folder} has {hardware.disk_free_bytes / MIB:,.0f} MiB free, "
+            f"saving the model takes {needed / MIB:,.0f} MiB",
+            "free some, or give an --output-dir on another disk",
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(f"{folder}: {error.strerror}", "give an --output-dir that can be written") from None
+    return folder
+
+
+def _has_steps(metrics: Path) -> bool:
+    return metrics.exists() and metrics.stat().st_size > 0
+
+
+def write_run(folder: Path, resolved: Resolved, settings: Settings, plan: Plan, evidence: str | None) -> None:
+    """Write what the run was given: `config.toml` with the origin of every value, `plan.json`, `evidence.json`."""
+    import json
+
+    lines = [
+        f"{name} = {json.dumps(value, ensure_ascii=False)}  # {resolved.origins[name]}"
+        for name, value in vars(settings).items()
+        if value is not None
+    ]
+    (folder / "config.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
+    if evidence is not None:
+        (folder / "evidence.json").write_text(evidence + "\n", encoding="utf-8")
+
+
+def balanced_note(batching: Batching) -> str:
+    """Say that a fixed batch is reached in balanced micro-batches, where it does not divide the share."""
+    share = ceil(batching.effective_batch_size / batching.world_size)
+    used = ceil(share / batching.gradient_accumulation_steps)
+    return f"cut evenly: {used} rows at most" if used < batching.micro_batch_size else ""
+
+
+def notes(settings: Settings, facts: Preprocessed) -> list[str]:
+    """Say what the user should know before it runs: random weights, rows cut, a tokenizer that knows too little."""
+    said: list[str] = []
+    data = facts.data
+    if data is None:
+        return said
+    if data.stage == "sft" and facts.model.random_weights:
+        said.append(
+            f"fine-tuning (SFT) starts from RANDOM weights: {settings.model} is a preset, not a pretrained model; "
+            "to start from one give its folder, --model DIR"
+        )
+    for summary, name in ((data, "data"), (facts.validation, "validation")):
+        if summary is not None and summary.cuts:
+            rules = ", ".join(f"{rule} {count:,}" for rule, count in summary.cuts.items())
+            said.append(f"{name}: rows over the limit were cut, by rule: {rules} of {summary.rows:,}")
+        if summary is not None and summary.unknown_share > UNKNOWN_SHARE:
+            said.append(
+                f"{name}: {summary.unknown_share:.0%} of the tokens are unknown to the tokenizer "
+                "(chatlm-mini's own does not know the space mark); a trained one (no --tokenizer) knows all"
+            )
+    return said
+
+
+UNKNOWN_SHARE = 0.01
+
+
+def percentile(data: DataSummary, side: int, share: float) -> int:
+    """Return the length that this share of the samples does not exceed."""
+    seen = 0
+    for length, count in data.lengths[side]:
+        seen += count
+        if seen >= share * data.samples:
+            return length
+    return data.longest(side)

@@ -1,0 +1,224 @@
+"""What can be set, by whom it was set, and the profiles: a name for a set of values.
+
+The command line wins over a configuration file, that over a profile, that over the default; where each value came from
+is kept. An unknown key is an error. No torch.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from autotune.errors import ConfigurationError
+
+FOLDER = Path(__file__).parent
+UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _setting(default: Any, group: str, text: str, metavar: str = "") -> Any:
+    return field(default=default, metadata={"group": group, "help": text, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every value that can be given on the command line, in a file or by a profile, with the words that explain it."""
+
+    model: str = _setting("tiny", "Model", "Preset, or folder of a checkpoint (safetensors).", "NAME|DIR")
+    tokenizer: str | None = _setting(
+        None,
+        "Model",
+        "Folder of a tokenizer; else the checkpoint's own, or one trained from the data.",
+        "DIR",
+    )
+    dropout: float | None = _setting(None, "Model", "Dropout in place of the model's own.")
+    data: tuple[str, ...] = _setting(
+        (), "Data", "Parquet or jsonl file, or folder of such; may be repeated.", "FILE|DIR"
+    )
+    validation: tuple[str, ...] = _setting((), "Data", "The same, for the loss after each epoch.", "FILE|DIR")
+    stage: Literal["pretrain", "sft"] | None = _setting(
+        None, "Data", "What is trained on: all, or answers; by the data's columns where not given."
+    )
+    limit: int | None = _setting(None, "Data", "Use the first N rows.", "N")
+    max_seq_len: int = _setting(512, "Data", "Longest sequence, or source, in tokens.", "TOKENS")
+    max_target_len: int | None = _setting(
+        None,
+        "Data",
+        "Longest target of a seq2seq model in tokens; as --max-seq-len where not given.",
+        "TOKENS",
+    )
+    batch_size_per_gpu: int | None = _setting(
+        None, "Batch", "Rows in one forward/backward, fixed: measured, never changed.", "ROWS"
+    )
+    effective_batch_size: int = _setting(
+        32, "Batch", "Samples per optimizer step over all ranks: reached exactly.", "SAMPLES"
+    )
+    gradient_accumulation_steps: int | None = _setting(
+        None, "Batch", "Micro-batches per step; with a fixed batch it gives the effective one.", "N"
+    )
+    epochs: float = _setting(1.0, "Training", "Times through the data.")
+    max_steps: int | None = _setting(None, "Training", "End after so many optimizer steps.", "N")
+    learning_rate: float | None = _setting(
+        None, "Training", "Peak learning rate; 5e-4 for pretraining, 1e-4 for SFT where not given."
+    )
+    schedule: Literal["cosine", "constant"] = _setting(
+        "cosine", "Training", "After the warm-up: down to a tenth, or level."
+    )
+    warmup: float = _setting(0.03, "Training", "Steps; below 1 a share of all steps.")
+    weight_decay: float = _setting(0.1, "Training", "AdamW's weight decay, of matrices alone.")
+    clip: float = _setting(1.0, "Training", "Largest gradient norm; 0 does not clip.")
+    optimizer: Literal["adamw"] = _setting("adamw", "Training", "Optimizer.")
+    seed: int = _setting(42, "Training", "Decides weights, dropout and the order of samples.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _setting(
+        "auto",
+        "Memory",
+        "auto: bf16 where the hardware has it, else fp16 on a GPU (never for T5), else fp32.",
+    )
+    gradient_checkpointing: Literal["off", "on"] = _setting(
+        "off", "Memory", "Compute activations again instead of keeping them."
+    )
+    memory_limit: str | None = _setting(None, "Memory", "Most device memory to use, such as 6GiB.", "BYTES")
+    headroom: str | None = _setting(
+        None, "Memory", "What is kept back of it, such as 5% or 512MiB (default 5 %).", "SHARE|BYTES"
+    )
+    prefer: Literal["auto", "largest"] = _setting(
+        "auto", "Memory", "Largest micro-batch unless a smaller one is measured faster, or the largest."
+    )
+    output_dir: str | None = _setting(None, "Output", "Folder of the run (default runs/MODEL-DATE).", "DIR")
+
+
+FIELDS: dict[str, Field[Any]] = {f.name: f for f in fields(Settings)}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings, and by name where each came from."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+    def given_by_hand(self, name: str) -> bool:
+        """Whether a value was typed on the command line or stands in a configuration file, not in a profile."""
+        return not self.origins[name].startswith(("default", "profile"))
+
+
+def resolve(given: Mapping[str, Any], config: str | None = None, profile: str | None = None) -> Resolved:
+    """Merge what was typed, a file and a profile over the defaults; raises ConfigurationError for no setting."""
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(FIELDS, "default")
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if profile is not None:
+        layers.append((f"profile {profile}", _without_about(load_profile(profile))))
+    if config is not None:
+        layers.append((config, _read(Path(config))))
+    layers.append(("command line", given))
+    for origin, layer in layers:
+        for name, value in layer.items():
+            values[name] = tuple(value) if isinstance(value, list) else value
+            origins[name] = origin
+    return Resolved(_validated(values, origins), origins)
+
+
+def load_profile(name: str) -> dict[str, Any]:
+    """Return the values of a profile, by name or by the path of a TOML file; `about` says what it is for."""
+    if name.endswith(".toml"):
+        return _read(Path(name))
+    file = FOLDER / f"{name}.toml"
+    if name not in profile_names():
+        raise ConfigurationError(f"no profile {name!r}", did_you_mean(name, profile_names()))
+    return _read(file)
+
+
+def profile_names() -> list[str]:
+    """Return the names of the profiles that come with the program."""
+    return sorted(file.stem for file in FOLDER.glob("*.toml"))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the nearest known word as a hint, or all of them."""
+    known = list(known)
+    near = get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as 6GiB, 512M or 1073741824; K, M, G and T are powers of 1024."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ConfigurationError(f"{text!r} is no size", "write it like 6GiB or 512MiB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def parse_headroom(text: str) -> float:
+    """Read a share (`5%`, below 1) or a size (`512MiB`, in bytes)."""
+    if text.strip().endswith("%"):
+        try:
+            share = float(text.strip()[:-1]) / 100
+        except ValueError:
+            share = -1.0
+        if not 0 <= share < 1:
+            raise ConfigurationError(f"{text!r} is no share", "write it like 5%")
+        return share
+    return float(parse_bytes(text))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Read a flat TOML file, names with dashes or underscores."""
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{file}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{file}: not TOML: {error}") from None
+    values = {name.replace("-", "_"): value for name, value in values.items()}
+    for name in values:
+        if name not in FIELDS and name != "about":
+            raise ConfigurationError(f"{file}: unknown key {name!r}", did_you_mean(name, FIELDS))
+    return _without_about(values) if file.parent != FOLDER else values
+
+
+def _without_about(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != "about"}
+
+
+AT_LEAST: dict[str, float] = {
+    "limit": 1,
+    "max_seq_len": 8,
+    "max_target_len": 8,
+    "batch_size_per_gpu": 1,
+    "effective_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_steps": 1,
+    "warmup": 0,
+    "weight_decay": 0,
+    "clip": 0,
+    "dropout": 0,
+    "seed": 0,
+}
+
+
+def _validated(values: Mapping[str, Any], origins: Mapping[str, str]) -> Settings:
+    """Check types and ranges; each error names the setting and where it came from."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        settings: Settings = TypeAdapter(Settings).validate_python(values)
+    except ValidationError as errors:
+        error = errors.errors()[0]
+        name = str(error["loc"][0])
+        raise ConfigurationError(f"{name} = {values[name]!r} ({origins[name]}): {error['msg'].lower()}") from None
+    for name, least in AT_LEAST.items():
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise ConfigurationError(f"{name} = {value} ({origins[name]}) must be at least {least:g}")
+    for name in ("epochs", "learning_rate"):
+        value = getattr(settings, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigurationError(f"{name} = {value} ({origins[name]}) must be above 0")
+    if settings.dropout is not None and settings.dropout >= 1:
+        raise ConfigurationError(f"dropout = {settings.dropout} ({origins['dropout']}) must be below 1")
+    return settings

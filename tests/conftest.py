@@ -1,0 +1,50 @@
+"""What every test may use: the real data, and the installed command, run as a person runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+CommandRunner = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets."""
+    folder = os.environ.get("CHATLM_REAL_DATA")
+    if not folder:
+        pytest.skip("CHATLM_REAL_DATA names no folder with real data")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def chatlm_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment with a cache of its own, wide enough that no line is wrapped."""
+    return {**os.environ, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")), "COLUMNS": "200"}
+
+
+@pytest.fixture
+def chatlm(tmp_path: Path, chatlm_environment: dict[str, str]) -> CommandRunner:
+    """Run the command in an empty folder; gives exit code, stdout and stderr."""
+
+    def run(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [chatlm_path(), *map(str, arguments)],
+            cwd=tmp_path,
+            env=chatlm_environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+def chatlm_path() -> str:
+    """The script that was installed beside this Python."""
+    return str(Path(sys.executable).parent / "chatlm")

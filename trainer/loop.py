@@ -1,0 +1,164 @@
+"""Epochs of steps, and what is measured of each: yields metrics, prints nothing. The order of samples is the seed's."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autotune.batching import share_of
+from autotune.errands import Recipe, Train
+from autotune.plan import Workload
+from trainer.data import TokenStore, order
+from trainer.evaluate import perplexity, total_loss
+from trainer.memory import PeakMeter
+from trainer.microbatch import SpecialTokens, lay_out, target_count
+from trainer.model import build_for, save_model
+from trainer.step import TrainState, start, train_step
+
+Metrics = dict[str, Any]
+FLOOR = 0.1
+"""The cosine ends at this share of the peak rate."""
+
+
+def steps_in(samples: int, effective_batch_size: int, recipe: Recipe) -> int:
+    """Return the optimizer steps of the whole run; the last step of an epoch may be smaller, none is dropped."""
+    steps = max(1, ceil(ceil(samples / effective_batch_size) * recipe.epochs))
+    return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
+
+
+def learning_rate_at(step: int, total_steps: int, recipe: Recipe) -> float:
+    """Return the rate of a step (0 is the first): linear warm-up to what was asked, then constant or half a cosine."""
+    warmup = round(recipe.warmup * total_steps if recipe.warmup < 1 else recipe.warmup)
+    warmup = min(warmup, total_steps - 1)
+    if step < warmup:
+        return recipe.learning_rate * (step + 1) / (warmup + 1)
+    if recipe.schedule == "constant":
+        return recipe.learning_rate
+    done = (step - warmup) / max(1, total_steps - 1 - warmup)
+    return recipe.learning_rate * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
+    """Train a plan from the beginning to the end, or until `stop` says so; the model is saved either way.
+
+    Yields a `train` row for each step, a `validation` row for each epoch where there is validation data, and at last
+    an `event` row that says how it ended.
+    """
+    workload, recipe = errand.plan.workload, errand.recipe
+    device = torch.device(errand.plan.hardware.device)
+    meter = PeakMeter(device)
+    torch.manual_seed(recipe.seed)
+    state = start(
+        build_for(workload, errand.ids, device),
+        weight_decay=recipe.weight_decay,
+        precision=workload.precision,
+    )
+    store = TokenStore(Path(errand.store))
+    total_steps = steps_in(len(store), errand.plan.batching.effective_batch_size, recipe)
+    yield {"kind": "event", "event": "started", "step": 0, "total_steps": total_steps, "samples": len(store)}
+    ended = "finished"
+    for row in _steps(errand, state, store, total_steps, meter):
+        yield row
+        if stop():
+            ended = "stopped"
+            break
+    step, model = state.step, state.model
+    # A save serialises the weights: what only training needs goes first.
+    del state
+    folder = Path(errand.output_dir) / "model"
+    save_model(model, Path(errand.tokenizer_dir), folder)
+    yield {"kind": "event", "event": ended, "step": step, "model": str(folder)}
+
+
+def _steps(
+    errand: Train, state: TrainState, store: TokenStore, total_steps: int, meter: PeakMeter
+) -> Iterator[Metrics]:
+    effective = errand.plan.batching.effective_batch_size
+    validation = TokenStore(Path(errand.validation_store)) if errand.validation_store else None
+    epoch = 0
+    while state.step < total_steps:
+        permutation = order(len(store), errand.recipe.seed, epoch)
+        for first in range(0, len(store), effective):
+            if state.step >= total_steps:
+                break
+            yield _one_step(errand, state, store, permutation[first : first + effective], total_steps, meter, epoch)
+        epoch += 1
+        if validation is not None:
+            yield _validate(errand, state, validation)
+
+
+def _one_step(
+    errand: Train,
+    state: TrainState,
+    store: TokenStore,
+    ids: Any,
+    total_steps: int,
+    meter: PeakMeter,
+    epoch: int,
+) -> Metrics:
+    began = time.perf_counter()
+    plan, recipe = errand.plan, errand.recipe
+    share = ids[: share_of(len(ids), plan.batching.world_size, 0)]
+    special = special_tokens(state.model, errand)
+    batches = list(lay_out(share, plan.batching.micro_batch_size, store, plan.workload, special))
+    targets = target_count(ids, store)
+    rate = learning_rate_at(state.step, total_steps, recipe)
+    meter.reset()
+    loss, norm = train_step(state, batches, targets, plan.workload.precision, rate, recipe.clip)
+    state.step += 1
+    state.samples += len(ids)
+    tokens = sum(batch.tokens for batch in batches)
+    row = {
+        "kind": "train",
+        "step": state.step,
+        "epoch": epoch + 1,
+        "loss": loss.item(),
+        "learning_rate": rate,
+        "gradient_norm": norm.item(),
+        "samples": len(ids),
+        "tokens": tokens,
+        "target_tokens": targets,
+        "padded_tokens": sum(batch.padded_tokens for batch in batches),
+        "micro_batches": len(batches),
+    }
+    seconds = time.perf_counter() - began
+    return row | {
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_memory_bytes": meter.peak_bytes(),
+    }
+
+
+def special_tokens(model: Any, errand: Train) -> SpecialTokens:
+    """Return the ids that rows are padded and targets started with."""
+    start_id = getattr(model.config, "decoder_start_token_id", None)
+    return SpecialTokens(errand.ids.pad, errand.ids.pad if start_id is None else int(start_id))
+
+
+def _validate(errand: Train, state: TrainState, store: TokenStore) -> Metrics:
+    began = time.perf_counter()
+    plan = errand.plan
+    ids = range(len(store))
+    special = special_tokens(state.model, errand)
+    batches = _in_order(ids, plan.batching.micro_batch_size, store, plan.workload, special)
+    total = total_loss(state.model, batches, plan.workload.precision, state.loss_scale.device).item()
+    loss = total / max(1, target_count(ids, store))
+    return {
+        "kind": "validation",
+        "step": state.step,
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "samples": len(store),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _in_order(ids: range, rows: int, store: TokenStore, workload: Workload, special: SpecialTokens) -> Iterator[Any]:
+    for first in range(0, len(ids), rows):
+        yield from lay_out(ids[first : first + rows], rows, store, workload, special)

@@ -1,0 +1,84 @@
+"""What this process holds, at its peak. Reads /proc or the CUDA allocator, and changes nothing but the peak's start.
+
+On a CPU the peak is anonymous plus shared memory, what a control group cannot take back: the kernel's high-water mark
+of resident memory, which also counts files, less the file pages there were when the mark was set down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import psutil
+import torch
+
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+class PeakMeter:
+    """Measures the peak since its last reset, in bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._used_before = _device_used() if device.type == "cuda" else 0
+        self._file_bytes = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new peak at what is held now."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        # Where this is not Linux, or not permitted, the mark only rises, which errs to the safe side.
+        with contextlib.suppress(OSError):
+            CLEAR_REFS.write_text("5")  # proc(5): resets VmHWM
+        self._file_bytes = _status().get("RssFile", 0)
+
+    def peak_bytes(self) -> int:
+        """Return the peak on the device: reserved by the allocator plus the context on CUDA, host memory on a CPU."""
+        if self._device.type != "cuda":
+            return self.host_peak_bytes()
+        return int(torch.cuda.max_memory_reserved()) + self._context_bytes()
+
+    def host_peak_bytes(self) -> int:
+        """Return the peak of anonymous and shared memory of this process."""
+        status = _status()
+        if "VmHWM" not in status:
+            info = psutil.Process().memory_info()
+            return int(getattr(info, "peak_wset", info.rss))
+        now = status["RssAnon"] + status["RssShmem"]
+        return max(now, status["VmHWM"] - self._file_bytes)
+
+    def held_bytes(self) -> int:
+        """Return what is held now, counted as the peak is."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.memory_allocated()) + self._context_bytes()
+        status = _status()
+        if "RssAnon" not in status:
+            return int(psutil.Process().memory_info().rss)
+        return status["RssAnon"] + status["RssShmem"]
+
+    def _context_bytes(self) -> int:
+        """What our process takes on the device beyond the allocator: driver context, libraries' workspaces."""
+        return max(0, _device_used() - self._used_before - int(torch.cuda.memory_reserved()))
+
+
+def _device_used() -> int:
+    """Return the bytes in use on the device by everyone; NVML's reading, which needs no context of ours."""
+    try:
+        return int(torch.cuda.device_memory_used())
+    except Exception:  # noqa: BLE001 # pynvml missing, or its errors, which share no base class with torch's
+        return 0
+
+
+def _status() -> dict[str, int]:
+    """Return the sizes of /proc/self/status in bytes, by name; empty where there is no such file."""
+    try:
+        lines = STATUS.read_text().splitlines()
+    except OSError:
+        return {}
+    return {
+        name: int(value.split()[0]) * 1024
+        for name, _, value in (line.partition(":") for line in lines)
+        if value.endswith(" kB")
+    }

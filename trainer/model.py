@@ -1,0 +1,221 @@
+"""Presets and local checkpoints -> model, and a model -> a folder that plain transformers loads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    Qwen3Config,
+    T5Config,
+)
+
+from autotune.errands import ModelSummary, TokenIds
+from autotune.errors import ConfigurationError
+from autotune.plan import Task, Workload
+
+
+def _t5(d_model: int, d_ff: int, heads: int, layers: int, vocabulary: int) -> Callable[[], T5Config]:
+    return lambda: T5Config(
+        d_model=d_model,
+        d_ff=d_ff,
+        d_kv=d_model // heads,
+        num_heads=heads,
+        num_layers=layers,
+        num_decoder_layers=layers,
+        vocab_size=vocabulary,
+    )
+
+
+def _llama(width: int, inner: int, layers: int, heads: int, kv_heads: int) -> Callable[[], LlamaConfig]:
+    return lambda: LlamaConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=6400,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    )
+
+
+def _minimind_3() -> Qwen3Config:
+    return Qwen3Config(
+        hidden_size=768,
+        intermediate_size=2432,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=96,
+        vocab_size=6400,
+        max_position_embeddings=32768,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+    )
+
+
+PRESETS: dict[str, Callable[[], Any]] = {
+    "tiny": _llama(128, 352, 4, 4, 2),
+    "tiny-t5": _t5(128, 512, 4, 2, 6400),
+    "minimind-26m": _llama(512, 1408, 8, 8, 2),
+    "minimind-104m": _llama(768, 2048, 16, 8, 2),
+    "minimind-3": _minimind_3,
+    "chatlm-t5": _t5(768, 3072, 12, 10, 29298),
+}
+"""Shapes by name: ChatLM-mini-Chinese's T5, MiniMind of 2025 (Llama) and of 2026 (Qwen3), and two for a processor."""
+
+DROPOUTS = (
+    "attention_dropout",
+    "attention_probs_dropout_prob",
+    "attn_pdrop",
+    "dropout",
+    "dropout_rate",
+    "embd_pdrop",
+    "hidden_dropout",
+    "hidden_dropout_prob",
+    "resid_pdrop",
+)
+"""Names under which configurations keep their dropout."""
+
+
+def load_config(model: str, vocabulary_size: int | None, dropout: float | None) -> Any:
+    """Return the configuration of a preset or of a local folder.
+
+    A preset's vocabulary follows the tokenizer; a checkpoint's is its own. Raises ConfigurationError for a name that
+    is neither, a dropout that the model has no place for, or a vocabulary smaller than the tokenizer's.
+    """
+    if model in PRESETS:
+        config = PRESETS[model]()
+        if vocabulary_size is not None:
+            config.vocab_size = vocabulary_size
+    else:
+        config = _checkpoint_config(model)
+        if vocabulary_size is not None and vocabulary_size > config.vocab_size:
+            raise ConfigurationError(
+                f"the tokenizer has {vocabulary_size} tokens, the model in {model} only {config.vocab_size}",
+                "give the tokenizer that the model was trained with",
+            )
+    if dropout is not None:
+        names = [name for name in DROPOUTS if hasattr(config, name)]
+        if not names:
+            raise ConfigurationError(f"the model {model} has no dropout that could be set to {dropout}")
+        for name in names:
+            setattr(config, name, dropout)
+    return config
+
+
+def _checkpoint_config(folder: str) -> Any:
+    from difflib import get_close_matches
+
+    path = Path(folder)
+    if not (path / "config.json").exists():
+        near = get_close_matches(folder, PRESETS, n=1)
+        raise ConfigurationError(
+            f"model {folder!r} is neither a preset nor a folder with a config.json",
+            f"did you mean {near[0]}?" if near else f"presets are {', '.join(PRESETS)}",
+        )
+    if not any(path.glob("*.safetensors")):
+        raise ConfigurationError(
+            f"{folder}: no safetensors weights; pickled ones (.bin, .pth) can run code and are not read",
+            "save the model again with save_pretrained",
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"{folder}: not a model that transformers knows: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def task_of(config: Any) -> Task:
+    """Say whether a configuration is of a decoder alone or of an encoder and a decoder."""
+    return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
+
+
+def summarise(model: str, vocabulary_size: int | None, dropout: float | None) -> ModelSummary:
+    """Count parameters and so on without a weight in memory."""
+    config = load_config(model, vocabulary_size, dropout)
+    auto = AutoModelForSeq2SeqLM if task_of(config) == "seq2seq" else AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            empty = auto.from_config(config)  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        raise ConfigurationError(f"{model}: {str(error).splitlines()[0]}") from None
+    # T5's n_positions is of no consequence: its positions are relative.
+    absolute = getattr(config, "max_position_embeddings", None)
+    return ModelSummary(
+        task=task_of(config),
+        family=config.model_type,
+        parameters=sum(p.numel() for p in empty.parameters()),
+        trainable_parameters=sum(p.numel() for p in empty.parameters() if p.requires_grad),
+        vocabulary_size=config.vocab_size,
+        attention=config._attn_implementation,
+        random_weights=model in PRESETS,
+        longest_input=absolute,
+    )
+
+
+def build_for(workload: Workload, ids: TokenIds | None, device: torch.device) -> Any:
+    """Build a preset with random weights from torch's generator, or load a checkpoint; weights are fp32.
+
+    `ids` are set in a preset's configuration, and in the generation configuration of either.
+    """
+    model, task = workload.model, workload.task
+    config = load_config(model, workload.vocabulary_size if model in PRESETS else None, workload.dropout)
+    auto = AutoModelForSeq2SeqLM if task == "seq2seq" else AutoModelForCausalLM
+    if model in PRESETS:
+        if ids is not None:
+            config.pad_token_id, config.eos_token_id, config.bos_token_id = ids.pad, ids.eos, ids.bos
+            if task == "seq2seq":
+                config.decoder_start_token_id = ids.pad
+        built = auto.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=torch.float32, attn_implementation=workload.attention
+        )
+    else:
+        built = auto.from_pretrained(
+            model,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=workload.attention,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    if ids is not None:
+        built.generation_config.update(
+            pad_token_id=ids.pad,
+            eos_token_id=ids.eos,
+            bos_token_id=ids.bos,
+            decoder_start_token_id=config.decoder_start_token_id if task == "seq2seq" else None,
+        )
+    if workload.gradient_checkpointing == "on":
+        built.gradient_checkpointing_enable({"use_reentrant": False})
+    return built.to(device)
+
+
+def save_model(model: Any, tokenizer_dir: Path, folder: Path) -> None:
+    """Write weights (safetensors), configurations and tokenizer; an older folder is replaced when all is written."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial)
+    for file in tokenizer_dir.iterdir():
+        shutil.copy2(file, partial / file.name)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)  # noqa: PTH105 # says that it replaces
+    os.replace(partial, folder)  # noqa: PTH105
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,223 @@
+"""Data files -> conversations and documents, one row at a time. Knows files and columns, nothing of tokens. No torch.
+
+A row that is not what its columns promise is an error that names the file and the row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autotune.errors import ConfigurationError, DataError
+
+SUFFIXES = (".parquet", ".jsonl")
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A row of a data file: a conversation, or a document of plain text."""
+
+    place: str
+    turns: tuple[Turn, ...] = ()
+    text: str | None = None
+
+
+Row = dict[str, Any]
+
+
+def find_files(paths: Sequence[str]) -> list[Path]:
+    """Return the data files among files and folders, a folder's in the order of their names.
+
+    Raises DataError for a path that is not there, a folder without data, a kind of file that is not read.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+            if not inside:
+                raise DataError(f"{path}: no {' or '.join(SUFFIXES)} file in this folder")
+            files += inside
+        elif not path.exists():
+            raise DataError(f"{path}: no such file", _similar_names(path))
+        elif path.suffix not in SUFFIXES:
+            raise DataError(
+                f"{path}: files of type {path.suffix or 'without an ending'!r} are not read",
+                "give parquet or jsonl, one object a line",
+            )
+        else:
+            files.append(path)
+    return files
+
+
+def _similar_names(path: Path) -> str:
+    folder = path.parent
+    names = sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES) if folder.is_dir() else []
+    return f"{folder} has {', '.join(names[:5])}" if names else f"folder {folder.resolve()} has no data files"
+
+
+def read_records(files: Sequence[Path], limit: int | None = None) -> Iterator[Record]:
+    """Read the rows of all files in order, at most `limit` of them.
+
+    Raises DataError for an unreadable file, missing columns, a row of a wrong type, and when there is no row at all.
+    """
+    count = 0
+    for file in files:
+        for record in _read_file(file):
+            if limit is not None and count >= limit:
+                return
+            count += 1
+            yield record
+    if count == 0:
+        raise DataError(f"{', '.join(map(str, files))}: no rows")
+
+
+def _read_file(file: Path) -> Iterator[Record]:
+    rows = _parquet_rows(file) if file.suffix == ".parquet" else _jsonl_rows(file)
+    for place, row in rows:
+        yield _shape_of(row, place)(row, place)
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    """Read row groups piece by piece, so that memory does not grow with the file; rows are counted from 1."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(file) as parquet:
+            wanted = [name for name in parquet.schema_arrow.names if name in COLUMNS]
+            if not wanted and parquet.schema_arrow.names:
+                _shape_of(dict.fromkeys(parquet.schema_arrow.names), str(file))
+            for batch in parquet.iter_batches(batch_size=1024, columns=wanted):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}: row {number}", row
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a readable parquet file after row {number}: {_first_line(error)}") from None
+
+
+def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    """Read one object a line; blank lines are passed over; lines are counted from 1."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            place = f"{file}: line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise DataError(f"{place}: not UTF-8 at byte {error.start + 1}") from None
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise DataError(f"{place}: not JSON: {_first_line(error)}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{place}: an object was expected, not {_kind(row)}")
+            yield place, row
+
+
+def _shape_of(row: Row, place: str) -> Callable[[Row, str], Record]:
+    for columns, read in SHAPES:
+        if all(name in row for name in columns):
+            return read
+    known = "; ".join(" + ".join(columns) for columns, _ in SHAPES)
+    raise DataError(f"{place}: none of the known columns among {', '.join(row) or 'none'}", f"known are {known}")
+
+
+def _conversation(row: Row, place: str) -> Record:
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{place}: `conversations` must be a list of turns, not {_kind(turns)}")
+    return Record(place, tuple(_turn(turn, f"{place}, turn {i}") for i, turn in enumerate(turns, 1)))
+
+
+def _turn(turn: object, place: str) -> Turn:
+    if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+        raise DataError(f"{place}: an object with `role` and `content` was expected, not {_kind(turn)}")
+    if turn["role"] not in ROLES:
+        raise DataError(f"{place}: role {turn['role']!r} is not one of {', '.join(ROLES)}")
+    return Turn(turn["role"], _text(turn, "content", place))
+
+
+def _pair(row: Row, place: str) -> Record:
+    return _exchange(_text(row, "prompt", place), _text(row, "response", place), place)
+
+
+def _instruction(row: Row, place: str) -> Record:
+    prompt = _text(row, "instruction", place)
+    if row.get("input"):
+        prompt += "\n" + _text(row, "input", place)
+    return _exchange(prompt, _text(row, "output", place), place)
+
+
+def _document(row: Row, place: str) -> Record:
+    return Record(place, text=_text(row, "text", place))
+
+
+def _exchange(prompt: str, response: str, place: str) -> Record:
+    return Record(place, (Turn("user", prompt), Turn("assistant", response)))
+
+
+def _text(row: Row, name: str, place: str) -> str:
+    value = row[name]
+    if not isinstance(value, str):
+        raise DataError(f"{place}: `{name}` must be text, not {_kind(value)}")
+    return value
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return "a number" if type(value) in (int, float) else names.get(type(value), type(value).__name__)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+SHAPES: tuple[tuple[tuple[str, ...], Callable[[Row, str], Record]], ...] = (
+    (("conversations",), _conversation),
+    (("prompt", "response"), _pair),
+    (("instruction", "output"), _instruction),
+    (("text",), _document),
+)
+"""Columns that tell what a row is, in the order in which they are looked for."""
+COLUMNS = {name for columns, _ in SHAPES for name in columns} | {"input"}
+
+
+def demo_files() -> list[Path]:
+    """Return the files of the demo data: the Chinese dialogues of chatterbot-corpus.
+
+    Raises ConfigurationError where the `demo` extra is not installed.
+    """
+    try:
+        import chatterbot_corpus
+        import yaml  # noqa: F401
+    except ImportError:
+        raise ConfigurationError(
+            "no data was given, and the demo data is not installed",
+            "give --data FILE, or: pip install 'chatlm[demo]'",
+        ) from None
+    return sorted((Path(chatterbot_corpus.__file__).parent / "data" / "chinese").glob("*.yml"))
+
+
+def demo_records(files: Iterable[Path]) -> Iterator[Record]:
+    """Read dialogues whose turns go to and fro; a last turn without an answer is left out."""
+    import yaml
+
+    for file in files:
+        dialogues = yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]
+        for number, dialogue in enumerate(dialogues, 1):
+            turns = [str(text) for text in dialogue[: len(dialogue) // 2 * 2]]
+            roles = ("user", "assistant") * (len(turns) // 2)
+            if turns:
+                yield Record(f"{file.name}: dialogue {number}", tuple(map(Turn, roles, turns)))

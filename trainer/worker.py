@@ -1,0 +1,142 @@
+"""The program of the worker: one errand as JSON on stdin, events as JSON lines on stdout. Knows the errands, does none.
+
+Started afresh for each errand, always with the same imports, so that what a dry step measures is what training takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+
+from autotune.errands import ERRAND, Dry, Errand, Preprocess, Train
+from autotune.errors import MachineError, UserError
+from trainer.dry import take_dry_steps
+from trainer.loop import train
+
+OUT_OF_MEMORY_EXIT = 9
+PR_SET_PDEATHSIG = 1
+
+MEMORY_ERRORS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "CUDA out of memory",
+    "NVML_SUCCESS == r INTERNAL ASSERT",
+    "std::bad_alloc",
+)
+"""What an allocator or a library that could not get its memory writes, when it is no torch.OutOfMemoryError."""
+
+
+class Events:
+    """The line to the supervisor: the stdout we were given, kept apart from whatever libraries print there."""
+
+    def __init__(self) -> None:
+        self._pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        os.dup2(2, 1)
+
+    def send(self, event: str, **fields: Any) -> None:
+        """Write one event."""
+        self._pipe.write(json.dumps({"event": event} | fields) + "\n")
+        self._pipe.flush()
+
+
+def main() -> NoReturn:
+    """Do the errand that stands on stdin; exit 0, the code of a user's mistake, or 70."""
+    events = Events()
+    errand = ERRAND.validate_json(sys.stdin.read())
+    _tie_to_parent(errand)
+    try:
+        _do(errand, events)
+    except UserError as error:
+        events.send("error", type=type(error).__name__, message=error.message, hint=error.hint)
+        _leave(error.exit_code)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_memory_error(error):
+            raise
+        traceback.print_exc()
+        events.send("out_of_memory", message=str(error).splitlines()[0] if str(error) else type(error).__name__)
+        _leave(OUT_OF_MEMORY_EXIT)
+    _leave(0)
+
+
+def _do(errand: Errand, events: Events) -> None:
+    if isinstance(errand, Preprocess):
+        from trainer.preprocess import preprocess
+
+        answer = preprocess(errand, lambda doing, rows: events.send("progress", doing=doing, rows=rows))
+        events.send("result", result=answer.model_dump(mode="json"))
+        return
+    _prepare_device(errand)
+    if isinstance(errand, Dry):
+        events.send("result", result=take_dry_steps(errand).model_dump(mode="json"))
+    else:
+        _train(errand, events)
+
+
+def _train(errand: Train, events: Events) -> None:
+    """Train until the end or a signal; each row goes to `metrics.jsonl` first, then to the supervisor."""
+    stopped = _Stop()
+    with (Path(errand.output_dir) / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        for row in train(errand, stopped):
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            events.send("metrics", row=row)
+
+
+class _Stop:
+    """Whether a signal has asked for the end; the step that runs is finished first."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        self._asked = True
+
+    def __call__(self) -> bool:
+        return self._asked
+
+
+def _prepare_device(errand: Dry | Train) -> None:
+    device = errand.device if isinstance(errand, Dry) else errand.plan.hardware.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MachineError(
+            f"this plan is for a GPU, and torch {torch.__version__} finds none that it can use",
+            "install a torch build with CUDA, or hide the GPU with CUDA_VISIBLE_DEVICES= to train on the processor",
+        )
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+
+
+def _tie_to_parent(errand: Errand) -> None:
+    """Die with the supervisor (a training run saves first), and let a dry step be the one that an OOM killer takes."""
+    if not sys.platform.startswith("linux"):
+        return
+    last_words = signal.SIGTERM if isinstance(errand, Train) else signal.SIGKILL
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(last_words))
+    if isinstance(errand, Dry):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+
+
+def _is_memory_error(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(m in text for m in MEMORY_ERRORS)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit without tearing down: all is written, and a destructor may still hang or crash."""
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
