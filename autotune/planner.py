@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +39,8 @@ PADDING_MULTIPLE = 8
 SHORTEST_SEQUENCE = 64
 
 Trials = Generator[Trial, None, None]
+Measure = Callable[[Workload, Hardware, int, int, int | None], Trial]
+"""Tries one size: rows, limit and predicted peak in bytes -> what happened. Recorded trials replay in its place."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,10 @@ class Planner:
         request: Request,
         recipe: Recipe,
         data: DataSummary | None,
+        measure: Measure = try_size,
     ) -> None:
         self._workload, self._hardware, self._request = workload, hardware, request
-        self._recipe, self._data = recipe, data
+        self._recipe, self._data, self._measure = recipe, data, measure
         self.budget = set_budget(hardware, request.memory_limit_bytes, request.headroom)
         self._trials: list[Trial] = []
         self.plan: Plan | None = None
@@ -139,31 +142,27 @@ class Planner:
     def _try(self, rows: int) -> Trials:
         model = fit(self._trials)
         predicted = model.peak_bytes(rows) if model else None
-        trial = try_size(self._workload, self._hardware, rows, self.budget.limit_bytes, predicted)
+        trial = self._measure(self._workload, self._hardware, rows, self.budget.limit_bytes, predicted)
         self._trials.append(trial)
         yield trial
 
     def _search(self) -> Trials:
-        """Search at glibc's fast setting where memory is ample, else at its tight one, whose peaks are what is live."""
-        if self._workload.cpu_allocator == "fast":
-            yield from self._try(1)
-            model = fit(self._trials)
-            if model is None or AMPLE * model.peak_bytes(self._share) > self.budget.budget_bytes:
-                self._start_tight()
-        yield from self._narrow()
-        largest = max((t.peak_bytes or 0 for t in self._trials), default=0)
-        if self._workload.cpu_allocator == "fast" and AMPLE * largest > self.budget.budget_bytes:
-            self._start_tight()
-            yield from self._narrow()
-
-    def _start_tight(self) -> None:
-        """Forget what was measured at the fast setting: it tells nothing of the tight one."""
-        self._workload = self._workload.model_copy(update={"cpu_allocator": "tight"})
-        self._trials.clear()
-
-    def _narrow(self) -> Trials:
-        while (size := next_size(self._trials, self.budget.budget_bytes, self._share)) is not None:
+        """Search at glibc's fast setting as long as memory is ample, else at the tight one."""
+        budget = self.budget.budget_bytes
+        while (size := next_size(self._trials, budget, self._share)) is not None:
             yield from self._try(size)
+            if self._workload.cpu_allocator == "fast" and not self._is_ample():
+                # What was measured at the one setting tells nothing of the other.
+                self._workload = self._workload.model_copy(update={"cpu_allocator": "tight"})
+                self._trials.clear()
+
+    def _is_ample(self) -> bool:
+        """Whether a rank's whole share would leave room for what the fast setting holds beyond what is live."""
+        model = fit(self._trials)
+        if model is None or not self._trials[-1].completed:
+            return False
+        rows = self._share if len(self._trials) > 1 else 1
+        return AMPLE * model.peak_bytes(rows) <= self.budget.budget_bytes
 
     def _choose(self) -> Generator[Trial, None, tuple[int, LimitedBy]]:
         """Balance the micro-batches below the largest safe one; take a smaller size only where it is faster."""
@@ -207,7 +206,7 @@ class Planner:
             f"gradients and optimizer state alone take {_state_bytes(self._workload) / GIB:.2f} GiB"
         )
         for change, workload in milder(self._workload):
-            trial = try_size(workload, self._hardware, 1, budget.limit_bytes)
+            trial = self._measure(workload, self._hardware, 1, budget.limit_bytes, None)
             yield trial
             if is_safe(trial, budget.budget_bytes):
                 raise NothingFitsError(message, f"{change} would fit: {(trial.peak_bytes or 0) / GIB:.2f} GiB")

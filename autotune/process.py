@@ -53,7 +53,8 @@ class Worker:
     def __init__(
         self, errand: Errand, cores: int, allocator: CpuAllocator = "fast", log: IO[bytes] | None = None
     ) -> None:
-        self._errand, self._log = errand, log or TemporaryFile()  # noqa: SIM115 # closed when the worker is left
+        self._errand, self._own_log = errand, log is None
+        self._log: IO[bytes] = log or TemporaryFile()  # noqa: SIM115 # closed when the worker is left
         self._environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, (str(HOME), os.environ.get("PYTHONPATH")))),
@@ -96,6 +97,8 @@ class Worker:
         self._reader.join()
         assert self._process.stdout is not None
         self._process.stdout.close()
+        if self._own_log:
+            self._log.close()
 
     def _read(self) -> None:
         assert self._process.stdout is not None

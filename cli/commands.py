@@ -35,13 +35,14 @@ from cli.render import (
 )
 from cli.wiring import (
     fit_plan,
+    make_folder,
     make_recipe,
     make_request,
     make_workload,
     notes,
-    open_run,
     preprocess_errand,
     read_plan,
+    run_folder,
     settings_of_plan,
     write_run,
 )
@@ -56,9 +57,7 @@ def plan_command(
     if show_config:
         print_config(resolved)
         return
-    hardware = read_hardware(Path(resolved.settings.output_dir or "."))
-    facts = _preprocess(resolved.settings, hardware, demo=False)
-    planner = _make_plan(resolved, facts, hardware, search=True)
+    facts, planner = _decide(resolved, search=True, demo=False)
     assert planner.plan is not None
     if as_json:
         print_json(planner.plan.to_json())
@@ -92,8 +91,9 @@ def train_command(
     if show_config:
         print_config(resolved)
         return
+    folder = run_folder(resolved.settings)
     job = _planned(resolved, plan_file) if plan_file else _plan_job(resolved, auto=auto)
-    folder = open_run(job.settings, job.facts.model, job.hardware)
+    make_folder(folder, job.facts.model, job.hardware)
     write_run(folder, resolved, job.settings, job.plan, job.evidence)
     say(f"{batch_line(job.plan.batching)}; run in {folder}")
     _train(job, folder)
@@ -111,12 +111,10 @@ class Job:
 
 
 def _plan_job(resolved: Resolved, *, auto: bool) -> Job:
-    settings = resolved.settings
-    hardware = read_hardware(Path(settings.output_dir or "."))
-    facts = _preprocess(settings, hardware, demo=True)
-    planner = _make_plan(resolved, facts, hardware, search=auto)
+    facts, planner = _decide(resolved, search=auto, demo=True)
     assert planner.plan is not None
-    return Job(settings, facts, hardware, planner.plan, planner.evidence.model_dump_json(indent=2))
+    evidence = planner.evidence.model_dump_json(indent=2)
+    return Job(resolved.settings, facts, planner.plan.hardware, planner.plan, evidence)
 
 
 def _planned(resolved: Resolved, plan_file: str) -> Job:
@@ -125,6 +123,19 @@ def _planned(resolved: Resolved, plan_file: str) -> Job:
     hardware = read_hardware(Path(settings.output_dir or "."))
     facts = _preprocess(settings, hardware, demo=True)
     return Job(settings, facts, hardware, fit_plan(plan, facts), None)
+
+
+def _decide(resolved: Resolved, *, search: bool, demo: bool) -> tuple[Preprocessed, Planner]:
+    """Plan, telling of each trial; what can be refused without a worker is refused first."""
+    settings = resolved.settings
+    hardware = read_hardware(Path(settings.output_dir or "."))
+    request = make_request(resolved, hardware.world_size, search=search)
+    facts = _preprocess(settings, hardware, demo=demo)
+    workload = make_workload(settings, facts, hardware)
+    planner = Planner(workload, hardware, request, make_recipe(settings, workload.stage), facts.data)
+    for trial in planner.make():
+        say(trial_line(trial))
+    return facts, planner
 
 
 def _preprocess(settings: Settings, hardware: Hardware, *, demo: bool) -> Preprocessed:
@@ -138,17 +149,6 @@ def _preprocess(settings: Settings, hardware: Hardware, *, demo: bool) -> Prepro
     for note in notes(settings, facts):
         warn(note)
     return facts
-
-
-def _make_plan(resolved: Resolved, facts: Preprocessed, hardware: Hardware, *, search: bool) -> Planner:
-    settings = resolved.settings
-    workload = make_workload(settings, facts, hardware)
-    request = make_request(resolved, hardware.world_size, search=search)
-    recipe = make_recipe(settings, workload.stage)
-    planner = Planner(workload, hardware, request, recipe, facts.data)
-    for trial in planner.make():
-        say(trial_line(trial))
-    return planner
 
 
 def _train(job: Job, folder: Path) -> None:

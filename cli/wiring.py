@@ -209,12 +209,18 @@ def fit_plan(plan: Plan, facts: Preprocessed) -> Plan:
     return plan.model_copy(update={"workload": workload.model_copy(update=changed)})
 
 
-def open_run(settings: Settings, model: ModelSummary, hardware: Hardware) -> Path:
-    """Make the folder of the run; raises RunExistsError for one that holds a run, MachineError for a full disk."""
+def run_folder(settings: Settings) -> Path:
+    """Return the folder of the run; raises RunExistsError for one that holds a run."""
     name = f"{Path(settings.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(settings.output_dir or Path("runs") / name)
-    if (folder / "model").exists() or _has_steps(folder / "metrics.jsonl"):
+    metrics = folder / "metrics.jsonl"
+    if (folder / "model").exists() or (metrics.exists() and metrics.stat().st_size):
         raise RunExistsError(f"{folder} already holds a run", "give another --output-dir, or move that folder away")
+    return folder
+
+
+def make_folder(folder: Path, model: ModelSummary, hardware: Hardware) -> None:
+    """Make the folder of the run; raises MachineError where it cannot be made, or the model would not fit the disk."""
     needed = 2 * 4 * model.parameters + 16 * MIB
     if hardware.disk_free_bytes < needed:
         raise MachineError(
@@ -226,11 +232,6 @@ def open_run(settings: Settings, model: ModelSummary, hardware: Hardware) -> Pat
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MachineError(f"{folder}: {error.strerror}", "give an --output-dir that can be written") from None
-    return folder
-
-
-def _has_steps(metrics: Path) -> bool:
-    return metrics.exists() and metrics.stat().st_size > 0
 
 
 def write_run(folder: Path, resolved: Resolved, settings: Settings, plan: Plan, evidence: str | None) -> None:

@@ -46,7 +46,8 @@ def end_ids(tokenizer: PreTrainedTokenizerFast, task: Task, stage: Stage) -> int
     encoder = Encoder(tokenizer, task, stage, 512, 0)
     (sample,) = encoder.encode([probe])
     last = sample.tokens[sample.spans[-1][1] - 1]
-    return end if last == end or last not in tokenizer.all_special_ids else (end, last)
+    added = tokenizer.added_tokens_decoder.get(last)
+    return end if last == end or added is None or not added.special else (end, last)
 
 
 @dataclass
@@ -103,7 +104,7 @@ class Encoder:
             yield Sample([*source_ids, *target_ids], [(len(source_ids), len(source_ids) + len(target_ids))])
 
     def _documents(self, records: Sequence[Record]) -> Iterator[Sample]:
-        texts = [r.text if r.text is not None else self._render(r, r.turns)[0] for r in records]
+        texts = [r.text if r.text is not None else self._template(r, r.turns, prompt=False) for r in records]
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         head = [begin] if begin is not None and begin != end else []
         for record, encoding in zip(records, self._tokenize(texts), strict=True):
@@ -125,11 +126,16 @@ class Encoder:
 
     def _shorten(self, record: Record, turns: Sequence[Turn], sample: Sample) -> Sample:
         """Drop whole oldest exchanges; then cut the prompt's left, to a quarter of the limit; then the answer's end."""
-        self.cuts["dropped_turns"] += bool(_without_oldest(turns))
-        while len(sample.tokens) > self.max_seq_len and (fewer := _without_oldest(turns)):
-            turns = fewer
+
+        def encode(turns: Sequence[Turn]) -> Sample:
             text, spans = self._render(record, turns)
-            sample = _locate(self._tokenize([text])[0], spans)
+            return _locate(self._tokenize([text])[0], spans)
+
+        if shorter := _without_oldest(turns):
+            self.cuts["dropped_turns"] += 1
+            # Halving: one at a time takes a minute for 400 conversations of up to 318 turns.
+            fits = bisect_left(shorter, True, key=lambda turns: len(encode(turns).tokens) <= self.max_seq_len)
+            sample = encode(shorter[min(fits, len(shorter) - 1)])
         if len(sample.tokens) <= self.max_seq_len:
             return sample
         start, end = sample.spans[-1]
@@ -142,13 +148,12 @@ class Encoder:
 
     def _render(self, record: Record, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
         """Render by the chat template, and find each answer with its end token in the text, by characters."""
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        text = self._template(record, messages, prompt=False)
+        text = self._template(record, turns, prompt=False)
         spans = []
         for i, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            before = self._template(record, messages[:i], prompt=True)
+            before = self._template(record, turns[:i], prompt=True)
             content = turn.content.strip()
             at = text.find(content, len(before))
             if not text.startswith(before) or at < 0:
@@ -162,10 +167,11 @@ class Encoder:
             spans.append((len(before), ending.end() if ending else after))
         return text, spans
 
-    def _template(self, record: Record, messages: list[dict[str, str]], *, prompt: bool) -> str:
+    def _template(self, record: Record, turns: Sequence[Turn], *, prompt: bool) -> str:
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
             rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except (jinja2.TemplateError, IndexError) as error:
+        except (jinja2.TemplateError, IndexError, ValueError) as error:
             raise DataError(
                 f"{record.place}: the tokenizer's chat template refuses this conversation: {error}"
             ) from None
@@ -185,16 +191,15 @@ def _answered(record: Record) -> tuple[Turn, ...]:
     raise DataError(f"{record.place}: no assistant turn to train on")
 
 
-def _without_oldest(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    """Drop the oldest turns up to the second question, a leading system turn kept; nothing if one exchange is left."""
-    system = tuple(turns[:1]) if turns[0].role == "system" else ()
-    rest = turns[len(system) :]
-    questions = [i for i, turn in enumerate(rest) if turn.role == "user" and i > 0]
-    return (*system, *rest[questions[0] :]) if questions else ()
+def _without_oldest(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
+    """Drop the oldest turns up to the second question, the third, ... the last; a leading system turn is kept."""
+    system = int(turns[0].role == "system")
+    later = range(system + 1, len(turns))
+    return [(*turns[:system], *turns[i:]) for i in later if turns[i].role == "user"]
 
 
 def _locate(encoding: Any, spans: Sequence[tuple[int, int]]) -> Sample:
     """Turn spans of characters into spans of tokens; the first token has nothing before it to be predicted from."""
     starts = [start for start, _ in encoding.offsets]
-    places = [(max(1, bisect_left(starts, start)), bisect_left(starts, end)) for start, end in spans]
-    return Sample(encoding.ids, [(start, end) for start, end in places if start < end])
+    places = [max(1, bisect_left(starts, place)) for span in spans for place in span]
+    return Sample(encoding.ids, list(zip(places[::2], places[1::2], strict=True)))

@@ -175,11 +175,11 @@ def build_for(workload: Workload, ids: TokenIds | None, device: torch.device) ->
     model, task = workload.model, workload.task
     config = load_config(model, workload.vocabulary_size if model in PRESETS else None, workload.dropout)
     auto = AutoModelForSeq2SeqLM if task == "seq2seq" else AutoModelForCausalLM
+    if ids is not None and task == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = ids.pad
     if model in PRESETS:
         if ids is not None:
             config.pad_token_id, config.eos_token_id, config.bos_token_id = ids.pad, ids.eos, ids.bos
-            if task == "seq2seq":
-                config.decoder_start_token_id = ids.pad
         built = auto.from_config(  # type: ignore[no-untyped-call]
             config, dtype=torch.float32, attn_implementation=workload.attention
         )
@@ -201,7 +201,9 @@ def build_for(workload: Workload, ids: TokenIds | None, device: torch.device) ->
             decoder_start_token_id=config.decoder_start_token_id if task == "seq2seq" else None,
         )
     if workload.gradient_checkpointing == "on":
-        built.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers renamed it late in version 5, and warns of the old name.
+        enable = getattr(built, "activation_checkpointing_enable", None) or built.gradient_checkpointing_enable
+        enable()
     return built.to(device)
 
 

@@ -127,7 +127,8 @@ def _store(
     folder = Path(errand.cache_dir) / "tokens" / key
     summary = folder / "summary.json"
     if summary.exists():
-        return DataSummary.model_validate_json(summary.read_text(encoding="utf-8"))
+        kept = DataSummary.model_validate_json(summary.read_text(encoding="utf-8"))
+        return kept.model_copy(update={"store": str(folder)})  # the cache may have been moved
     encoder = Encoder(tokenizer, model.task, stage, *limits)
     rows = Counted(read(), "tokenizing", report)
     with _whole(folder) as partial:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,11 @@ def read_records(files: Sequence[Path], limit: int | None = None) -> Iterator[Re
 
     Raises DataError for an unreadable file, missing columns, a row of a wrong type, and when there is no row at all.
     """
-    count = 0
-    for file in files:
-        for record in _read_file(file):
-            if limit is not None and count >= limit:
-                return
-            count += 1
-            yield record
-    if count == 0:
+    empty = True
+    for record in islice(chain.from_iterable(map(_read_file, files)), limit):
+        empty = False
+        yield record
+    if empty:
         raise DataError(f"{', '.join(map(str, files))}: no rows")
 
 
@@ -104,7 +102,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file}: row {number}", row
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: not a readable parquet file after row {number}: {_first_line(error)}") from None
 
 
@@ -113,13 +111,14 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             place = f"{file}: line {number}"
-            if not line.strip():
-                continue
             try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text.strip():
+                    continue
+                row = json.loads(text)
             except UnicodeDecodeError as error:
                 raise DataError(f"{place}: not UTF-8 at byte {error.start + 1}") from None
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{place}: not JSON: {_first_line(error)}") from None
             if not isinstance(row, dict):
                 raise DataError(f"{place}: an object was expected, not {_kind(row)}")
@@ -137,13 +136,15 @@ def _shape_of(row: Row, place: str) -> Callable[[Row, str], Record]:
 def _conversation(row: Row, place: str) -> Record:
     turns = row["conversations"]
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{place}: `conversations` must be a list of turns, not {_kind(turns)}")
+        found = "an empty list" if turns == [] else _kind(turns)
+        raise DataError(f"{place}: `conversations` must be a list of turns, not {found}")
     return Record(place, tuple(_turn(turn, f"{place}, turn {i}") for i, turn in enumerate(turns, 1)))
 
 
 def _turn(turn: object, place: str) -> Turn:
     if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-        raise DataError(f"{place}: an object with `role` and `content` was expected, not {_kind(turn)}")
+        found = f"one with {', '.join(turn) or 'nothing'}" if isinstance(turn, dict) else _kind(turn)
+        raise DataError(f"{place}: an object with `role` and `content` was expected, not {found}")
     if turn["role"] not in ROLES:
         raise DataError(f"{place}: role {turn['role']!r} is not one of {', '.join(ROLES)}")
     return Turn(turn["role"], _text(turn, "content", place))
@@ -172,6 +173,10 @@ def _text(row: Row, name: str, place: str) -> str:
     value = row[name]
     if not isinstance(value, str):
         raise DataError(f"{place}: `{name}` must be text, not {_kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can write half a surrogate pair, which is no character
+        raise DataError(f"{place}: `{name}` is not text at character {error.start + 1}: {error.reason}") from None
     return value
 
 
@@ -215,7 +220,8 @@ def demo_records(files: Iterable[Path]) -> Iterator[Record]:
     import yaml
 
     for file in files:
-        dialogues = yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        dialogues = yaml.load(file.read_text(encoding="utf-8"), loader)["conversations"]  # noqa: S506 # a safe loader
         for number, dialogue in enumerate(dialogues, 1):
             turns = [str(text) for text in dialogue[: len(dialogue) // 2 * 2]]
             roles = ("user", "assistant") * (len(turns) // 2)

@@ -39,6 +39,9 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{folder}: not a tokenizer: {str(error).splitlines()[0]}") from None
+    # A tokenizer.json may carry the truncation and padding of whoever saved it.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
     if tokenizer.pad_token_id is None:

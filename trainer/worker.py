@@ -52,7 +52,7 @@ class Events:
 def main() -> NoReturn:
     """Do the errand that stands on stdin; exit 0, the code of a user's mistake, or 70."""
     events = Events()
-    errand = ERRAND.validate_json(sys.stdin.read())
+    errand = ERRAND.validate_json(sys.stdin.buffer.read())
     _tie_to_parent(errand)
     try:
         _do(errand, events)

@@ -1,0 +1,172 @@
+"""The command as people meet it: quick help, mistakes answered with a hint, results apart from talk."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import CommandRunner, chatlm_path
+
+DIALOGUES = [
+    {"prompt": "你好", "response": "你好，很高兴见到你。"},
+    {"prompt": "What is a plan?", "response": "What would run here, and why."},
+    {"prompt": "一加一等于几？", "response": "等于二。"},
+] * 8
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def dialogues(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "dialogues.jsonl", DIALOGUES)
+
+
+def test_help_comes_in_under_three_tenths_of_a_second() -> None:
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run([chatlm_path(), "--help"], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.3
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["train", "--help"], ["profiles"]])
+def test_help_and_profiles_load_no_heavy_library(arguments: list[str]) -> None:
+    program = "import sys; from cli import chatlm; chatlm(sys.argv[1:], standalone_mode=False)"
+    probe = program + "; print('LOADED', sorted({m.split('.')[0] for m in sys.modules}), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", probe, *arguments], capture_output=True, text=True, check=True)
+    loaded = set(done.stderr.partition("LOADED")[2].strip(" []\n").replace("'", "").split(", "))
+    assert "typer" in loaded
+    assert not loaded & {"torch", "transformers", "pyarrow", "accelerate", "numpy", "trainer"}
+
+
+def test_planning_never_loads_torch_into_the_supervisor(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom cli import chatlm\n"
+        "chatlm(['plan', '--model', 'tiny', '--max-seq-len', '32', '--effective-batch-size', '2', '--json'],"
+        " standalone_mode=False)\n"
+        "print('torch' in sys.modules, 'transformers' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert json.loads(done.stdout)["schema"] == "chatlm.plan/1"
+    assert done.stderr.splitlines()[-1] == "False False"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["plan", "--effective-batch-sise", "8"], 2, ["--effective-batch-size"]),
+        (["trian"], 2, ["train"]),
+        (["plan", "--profile", "fsat"], 2, ["no profile 'fsat'", "did you mean fast?"]),
+        (["plan", "--model", "tiny-t6"], 2, ["tiny-t5"]),
+        (["plan", "--memory-limit", "lots"], 2, ["'lots'", "6GiB"]),
+        (["plan", "--headroom", "150%"], 2, ["'150%'"]),
+        (["plan", "--precision", "fp16", "--model", "tiny-t5"], 2, ["T5", "bf16"]),
+        (["plan", "--epochs", "-1"], 2, ["epochs", "above 0"]),
+        (["plan", "--effective-batch-size", "0"], 2, ["effective_batch_size", "at least 1"]),
+        (["plan", "--batch-size-per-gpu", "7", "--gradient-accumulation-steps", "3", "--effective-batch-size", "20"], 2,
+         ["7 rows x 3 accumulation", "21 samples", "20"]),
+        (["plan", "--memory-limit", "32MiB", "--model", "tiny"], 1, ["leaves nothing", "--memory-limit"]),
+        (["train", "--plan", "nowhere.json"], 2, ["nowhere.json", "chatlm plan --json"]),
+        (["train", "--data", "nowhere.parquet"], 3, ["nowhere.parquet: no such file"]),
+        (["train", "--data", "empty.jsonl"], 3, ["empty.jsonl", "no rows"]),
+        (["train", "--data", "columns.jsonl"], 3, ["columns.jsonl: line 1", "question", "prompt + response"]),
+        (["train", "--data", "type.jsonl"], 3, ["type.jsonl: line 2", "`response` must be text", "a number"]),
+        (["train", "--data", "damaged.parquet"], 3, ["damaged.parquet", "parquet"]),
+        (["train", "--data", "notes.docx"], 3, ["notes.docx", ".docx"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence_and_a_hint_without_a_traceback(
+    arguments: list[str], code: int, words: list[str], tmp_path: Path, chatlm: CommandRunner
+) -> None:
+    write_rows(tmp_path / "empty.jsonl", [])
+    write_rows(tmp_path / "columns.jsonl", [{"question": "?", "answer": "!"}])
+    write_rows(tmp_path / "type.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": 5}])
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "notes.docx").write_bytes(b"")
+    done = chatlm(*arguments)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+    assert "nothing" not in {p.name for p in tmp_path.iterdir()}
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_key_in_a_file_is_an_error_with_the_nearest_name(tmp_path: Path, chatlm: CommandRunner) -> None:
+    (tmp_path / "mine.toml").write_text("learnin_rate = 1e-4\n")
+    for option in ("--config", "--profile"):
+        done = chatlm("plan", option, "mine.toml")
+        assert done.returncode == 2
+        assert "unknown key 'learnin_rate'" in done.stderr
+        assert "did you mean learning_rate?" in done.stderr
+
+
+def test_every_value_tells_where_it_came_from(tmp_path: Path, chatlm: CommandRunner) -> None:
+    (tmp_path / "mine.toml").write_text("epochs = 5\nlearning-rate = 2e-4\n")
+    done = chatlm("plan", "--profile", "fast", "--config", "mine.toml", "--epochs", "7", "--show-config")
+    assert done.returncode == 0
+    rows = {cells[1]: cells[2:4] for line in done.stdout.splitlines() if len(cells := _cells(line)) > 4}
+    assert rows["epochs"] == ["7.0", "command line"]
+    assert rows["learning_rate"] == ["0.0002", "mine.toml"]
+    assert rows["effective_batch_size"] == ["64", "profile fast"]
+    assert rows["clip"] == ["1.0", "default"]
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.replace("┃", "│").split("│")]
+
+
+def test_profiles_are_listed_with_their_numbers(chatlm: CommandRunner) -> None:
+    done = chatlm("profiles")
+    rows = {cells[1]: cells[2:5] for line in done.stdout.splitlines() if len(cells := _cells(line)) > 4}
+    assert rows["small"] == ["1", "16", "3"]
+    assert rows["fast"] == ["16", "64", "3"]
+    assert rows["standard"] == ["20", "240", "20"]
+    assert rows["pretrain"] == ["24", "144", "3"]
+    assert rows["pretrain-conservative"] == ["24", "144", "3"]
+    assert rows["minimind-pretrain"][:2] == ["32", "256"]
+    assert rows["minimind-sft"][:2] == ["64", "64"]
+    assert "tiny" in rows
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "cp1252", "ascii"])
+def test_consoles_that_are_not_utf_8_get_words_and_no_crash(encoding: str, tmp_path: Path, dialogues: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "NO_COLOR": "1", "COLUMNS": "60",
+                   "XDG_CACHE_HOME": str(tmp_path / "cache")}  # fmt: skip
+    for arguments in (["profiles"], ["plan", "--data", "没有.parquet"], ["--help"]):
+        done = subprocess.run([chatlm_path(), *arguments], env=environment, capture_output=True, cwd=tmp_path)
+        assert done.returncode == (3 if "--data" in arguments else 0), done.stderr
+        assert b"Traceback" not in done.stderr
+        assert b"\x1b[" not in done.stdout + done.stderr
+
+
+def test_a_plan_as_json_stands_alone_on_stdout(dialogues: Path, chatlm: CommandRunner) -> None:
+    done = chatlm("plan", "--data", dialogues, "--max-seq-len", 64, "--effective-batch-size", 6,
+                  "--memory-limit", "2GiB", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["schema"] == "chatlm.plan/1"
+    assert plan["batching"]["effective_batch_size"] == 6
+    assert plan["evidence"]["kind"] == "measured"
+    assert plan["memory"]["measured_peak_bytes"] <= plan["memory"]["budget_bytes"]
+    assert all(trial["peak_bytes"] > 0 for trial in plan["evidence"]["trials"])
+
+
+def test_a_plan_for_people_says_the_batch_the_reason_and_the_command(dialogues: Path, chatlm: CommandRunner) -> None:
+    done = chatlm("plan", "--data", dialogues, "--max-seq-len", 64, "--profile", "small", "--epochs", 1)
+    assert done.returncode == 0, done.stderr
+    assert "= effective batch 16, exactly" in done.stdout
+    assert "small 1; chosen" in done.stdout
+    assert "Not larger" in done.stdout
+    assert f"chatlm train --auto --profile small --data {dialogues} --max-seq-len 64 --epochs 1.0" in done.stdout
+    assert "RANDOM weights" in done.stderr

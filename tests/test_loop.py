@@ -1,0 +1,181 @@
+"""The loop: schedule, steps and their rows, real data through to a model; a wish to stop leaves a model too."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import facts
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autotune.batching import reach
+from autotune.errands import Preprocess, Recipe, Train
+from trainer.data import TokenStore, order
+from trainer.loop import learning_rate_at, steps_in, train
+from trainer.preprocess import preprocess
+
+RECIPE = Recipe(
+    epochs=1,
+    max_steps=None,
+    learning_rate=1e-3,
+    schedule="cosine",
+    warmup=0.03,
+    weight_decay=0.1,
+    clip=1.0,
+    seed=42,
+)
+
+
+def recipe(**changes: Any) -> Recipe:
+    return RECIPE.model_copy(update=changes)
+
+
+@given(
+    total=st.integers(1, 500),
+    warmup=st.one_of(st.floats(0, 0.99), st.integers(1, 50).map(float)),
+    schedule=st.sampled_from(["cosine", "constant"]),
+)
+def test_the_rate_peaks_at_exactly_what_was_asked_and_is_never_above_or_zero(
+    total: int, warmup: float, schedule: str
+) -> None:
+    rates = [learning_rate_at(step, total, recipe(warmup=warmup, schedule=schedule)) for step in range(total)]
+    assert max(rates) == pytest.approx(1e-3, rel=1e-12)
+    assert min(rates) > 0
+    peak = rates.index(max(rates))
+    assert all(a < b for a, b in pairwise(rates[: peak + 1]))
+    assert all(a >= b for a, b in pairwise(rates[peak:]))
+
+
+def test_the_cosine_ends_at_a_tenth() -> None:
+    assert learning_rate_at(99, 100, RECIPE) == pytest.approx(1e-4)
+    assert learning_rate_at(99, 100, recipe(schedule="constant")) == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("samples", "effective", "changes", "steps"),
+    [
+        (3000, 64, {}, 47),
+        (3000, 64, {"epochs": 2}, 94),
+        (3000, 64, {"max_steps": 5}, 5),
+        (10, 64, {}, 1),
+        (128, 64, {"epochs": 0.5}, 1),
+    ],
+)
+def test_no_sample_is_dropped_and_none_counted_twice(
+    samples: int, effective: int, changes: dict[str, Any], steps: int
+) -> None:
+    assert steps_in(samples, effective, recipe(**changes)) == steps
+
+
+def errand_of(tmp_path: Path, model: str = "tiny", **changes: Any) -> Train:
+    """An errand on the demo's dialogues: 40 rows, effective batch 16, micro-batches of at most 5."""
+    done = preprocess(
+        Preprocess(
+            model=model,
+            tokenizer=None,
+            dropout=None,
+            data=(),
+            validation=(),
+            stage=None,
+            max_seq_len=64,
+            max_target_len=64,
+            limit=40,
+            cache_dir=str(tmp_path / "cache"),
+        ),
+        lambda doing, rows: None,
+    )
+    assert done.data is not None
+    assert done.ids is not None
+    assert done.tokenizer_dir is not None
+    plan = facts.plan()
+    workload = plan.workload.model_copy(
+        update={
+            "model": model,
+            "task": done.model.task,
+            "vocabulary_size": done.model.vocabulary_size,
+            "max_seq_len": 64,
+            "max_target_len": 64 if done.model.task == "seq2seq" else 0,
+            "precision": "fp32",
+            "attention": "sdpa",
+        }
+    )
+    hardware = plan.hardware.model_copy(update={"device": "cpu"})
+    batching = reach(16, 1, 5, 5, "memory")
+    values: dict[str, Any] = {
+        "plan": plan.model_copy(update={"workload": workload, "hardware": hardware, "batching": batching}),
+        "recipe": RECIPE,
+        "store": done.data.store,
+        "validation_store": done.data.store,
+        "tokenizer_dir": done.tokenizer_dir,
+        "ids": done.ids,
+        "output_dir": str(tmp_path / "run"),
+    }
+    return Train(**(values | changes))
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-t5"])
+def test_an_epoch_uses_every_sample_once_and_the_rows_add_up(model: str, tmp_path: Path) -> None:
+    errand = errand_of(tmp_path, model)
+    rows = list(train(errand, never))
+    steps = [row for row in rows if row["kind"] == "train"]
+    store = TokenStore(Path(errand.store))
+    assert [row["samples"] for row in steps] == [16, 16, 8]
+    assert [row["micro_batches"] for row in steps] == [4, 4, 2]
+    assert sum(row["tokens"] for row in steps) == sum(len(store.tokens(i)) for i in range(40))
+    assert all(row["padded_tokens"] >= row["tokens"] > row["target_tokens"] > 0 for row in steps)
+    assert all(row["peak_memory_bytes"] > 0 for row in steps)
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    validation = [row for row in rows if row["kind"] == "validation"]
+    assert len(validation) == 1
+    assert rows[-1]["event"] == "finished"
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_training_learns_and_the_same_seed_gives_the_same_numbers_to_the_bit(tmp_path: Path) -> None:
+    losses = []
+    for name in ("one", "two"):
+        errand = errand_of(tmp_path, recipe=recipe(epochs=6), output_dir=str(tmp_path / name))
+        losses.append([row["loss"].hex() for row in train(errand, never) if row["kind"] == "train"])
+    assert losses[0] == losses[1]
+    assert float.fromhex(losses[0][-1]) < 0.9 * float.fromhex(losses[0][0])
+
+
+def test_the_micro_batch_does_not_change_the_losses(tmp_path: Path) -> None:
+    curves = []
+    for rows in (1, 5, 16):
+        errand = errand_of(tmp_path, output_dir=str(tmp_path / str(rows)))
+        plan = errand.plan.model_copy(update={"batching": reach(16, 1, rows, rows, "memory")})
+        steps = train(errand.model_copy(update={"plan": plan}), never)
+        curves.append([row["loss"] for row in steps if row["kind"] == "train"])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+    assert curves[0] == pytest.approx(curves[2], rel=1e-5)
+
+
+def test_validation_is_the_mean_over_tokens_whatever_the_batch(tmp_path: Path) -> None:
+    losses = []
+    for rows in (1, 16):
+        errand = errand_of(tmp_path, recipe=recipe(max_steps=3), output_dir=str(tmp_path / str(rows)))
+        plan = errand.plan.model_copy(update={"batching": reach(16, 1, rows, rows, "memory")})
+        torch.manual_seed(0)
+        steps = train(errand.model_copy(update={"plan": plan}), never)
+        losses += [row["loss"] for row in steps if row["kind"] == "validation"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_wish_to_stop_ends_after_the_step_with_a_model(tmp_path: Path) -> None:
+    rows = list(train(errand_of(tmp_path), lambda: True))
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1]
+    assert rows[-1]["event"] == "stopped"
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
+def test_epochs_differ_in_their_order() -> None:
+    assert order(40, 42, 0).tolist() != order(40, 42, 1).tolist()

@@ -1,0 +1,97 @@
+"""Dry steps in real processes become trials: what fitted, what did not, and what died."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+from test_planner import PROCESSOR
+from tiny_models import workload
+
+from autotune.errands import DRY_LENGTHS
+from autotune.measure import try_size
+from autotune.plan import Workload
+
+GIB = 2**30
+WORK = workload("llama", model="tiny", vocabulary_size=6400, max_seq_len=128, cpu_allocator="tight")
+
+
+def test_a_size_that_fits_tells_peaks_and_times() -> None:
+    trial = try_size(WORK, PROCESSOR, 2, limit_bytes=8 * GIB, predicted_peak_bytes=5)
+    assert trial.completed
+    assert trial.peak_bytes == max(trial.phases.values())
+    assert {"forward_backward", "optimizer", "evaluation"} <= trial.phases.keys()
+    assert trial.resident_bytes is not None
+    assert trial.resident_bytes < trial.peak_bytes < GIB
+    assert [t.padded_tokens for t in trial.timings] == [round(2 * 128 * share) for share in DRY_LENGTHS]
+    assert trial.seconds > 2 * sum(t.seconds for t in trial.timings)
+    assert trial.predicted_peak_bytes == 5
+
+
+def test_more_rows_hold_more() -> None:
+    few, many = (try_size(WORK, PROCESSOR, rows, limit_bytes=8 * GIB).peak_bytes for rows in (1, 16))
+    assert few is not None
+    assert many is not None
+    # Logits alone: 15 rows of 127 targets, 6400 fp32 numbers each, twice (with their gradient).
+    assert many - few > 15 * 127 * 6400 * 4 * 2
+
+
+def test_the_same_size_measures_the_same_twice() -> None:
+    first, second = (try_size(WORK, PROCESSOR, 8, limit_bytes=8 * GIB).peak_bytes for _ in range(2))
+    assert first == pytest.approx(second, rel=0.03)
+
+
+def test_a_worker_that_exceeds_the_limit_is_stopped_and_does_not_fit() -> None:
+    trial = try_size(WORK, PROCESSOR, 256, limit_bytes=GIB // 2)
+    assert trial.outcome == "out_of_memory"
+    assert trial.peak_bytes is None
+    assert "GiB" in trial.message
+
+
+def test_a_trial_that_takes_too_long_is_ended() -> None:
+    trial = try_size(WORK, PROCESSOR, 256, limit_bytes=20 * GIB, time_limit_seconds=1.0)
+    assert trial.outcome == "timed_out"
+    assert trial.seconds < 10
+
+
+def test_a_killed_worker_is_the_fact_that_it_does_not_fit() -> None:
+    killer = threading.Thread(target=_kill_first_child)
+    killer.start()
+    trial = try_size(WORK, PROCESSOR, 64, limit_bytes=20 * GIB)
+    killer.join()
+    assert trial.outcome == "killed"
+    assert "signal 9" in trial.message
+
+
+def _kill_first_child() -> None:
+    while True:
+        for child in psutil.Process().children():
+            if "trainer.worker" in child.cmdline():
+                os.kill(child.pid, signal.SIGKILL)
+                return
+        time.sleep(0.01)
+
+
+def test_an_allocation_that_fails_is_out_of_memory_and_no_bug() -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (3 * GIB, before[1]))
+    try:
+        trial = try_size(WORK, PROCESSOR, 2048, limit_bytes=100 * GIB)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+    assert trial.outcome == "out_of_memory"
+    assert "memory" in trial.message
+
+
+def test_what_is_no_memory_error_is_shown_and_not_taken_for_one() -> None:
+    from autotune.errors import ConfigurationError
+
+    broken: Workload = WORK.model_copy(update={"model": "no such model"})
+    with pytest.raises(ConfigurationError):
+        try_size(broken, PROCESSOR, 1, limit_bytes=GIB)

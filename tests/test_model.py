@@ -1,0 +1,136 @@
+"""Presets have exactly the published sizes; checkpoints load from safetensors alone; what is saved loads again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import build, workload
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from autotune.errands import TokenIds
+from autotune.errors import ConfigurationError
+from trainer.model import build_for, load_config, save_model, summarise
+from trainer.records import Record, Turn
+from trainer.tokenizer import train_tokenizer
+
+IDS = TokenIds(pad=0, eos=1, bos=2)
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters", "task"),
+    [
+        ("chatlm-t5", 187_692_288, "seq2seq"),
+        ("minimind-26m", 25_829_888, "causal"),
+        ("minimind-104m", 104_030_976, "causal"),
+        ("minimind-3", 63_912_192, "causal"),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(preset: str, parameters: int, task: str) -> None:
+    summary = summarise(preset, None, None)
+    assert (summary.parameters, summary.task) == (parameters, task)
+    assert summary.trainable_parameters == parameters
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-t5"])
+def test_the_tiny_presets_have_one_to_two_million(preset: str) -> None:
+    assert 1e6 <= summarise(preset, None, None).parameters <= 2e6
+
+
+def test_a_preset_follows_the_tokenizers_vocabulary() -> None:
+    per_token = 128
+    assert summarise("tiny", 6400, None).parameters - summarise("tiny", 6000, None).parameters == 400 * per_token
+
+
+def test_dropout_replaces_the_models_own() -> None:
+    assert load_config("tiny-t5", None, None).dropout_rate == 0.1
+    assert load_config("tiny-t5", None, 0.25).dropout_rate == 0.25
+    assert load_config("tiny", None, 0.25).attention_dropout == 0.25
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_preset() -> None:
+    with pytest.raises(ConfigurationError) as error:
+        load_config("tiny-t6", None, None)
+    assert "tiny-t5" in error.value.hint
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    build("llama").config.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(ConfigurationError, match="safetensors"):
+        load_config(str(tmp_path), None, None)
+
+
+def test_remote_code_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "unheard-of", "auto_map": {"AutoConfig": "evil.Config"}})
+    )
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigurationError):
+        load_config(str(tmp_path), None, None)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bart"])
+def test_a_local_checkpoint_loads_with_its_own_weights(family: str, tmp_path: Path) -> None:
+    model = build(family)
+    model.save_pretrained(tmp_path)
+    loaded = build_for(workload(family, model=str(tmp_path)), IDS, torch.device("cpu"))
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    assert not summarise(str(tmp_path), None, None).random_weights
+
+
+def test_a_tokenizer_larger_than_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="98 tokens"):
+        summarise(str(tmp_path), 98, None)
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    built = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        built.append(build_for(workload("llama", model="tiny", vocabulary_size=300), IDS, torch.device("cpu")))
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in built), strict=True))
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    gradients: list[Any] = []
+    for switch in ("off", "on"):
+        torch.manual_seed(7)
+        work = workload("llama", model="tiny", vocabulary_size=300, gradient_checkpointing=switch)
+        model = build_for(work, IDS, torch.device("cpu")).train()
+        assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) == (switch == "on")
+        model(input_ids=torch.arange(20)[None], labels=torch.arange(20)[None], use_cache=False).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(("preset", "auto"), [("tiny", AutoModelForCausalLM), ("tiny-t5", AutoModelForSeq2SeqLM)])
+def test_a_saved_model_loads_by_plain_transformers_with_tokenizer_and_end_token(
+    preset: str, auto: Any, tmp_path: Path
+) -> None:
+    tokenizer_dir, folder = tmp_path / "tokenizer", tmp_path / "run" / "model"
+    train_tokenizer(
+        [Record("", (Turn("user", "你好"), Turn("assistant", "hello"))) for _ in range(9)], 300, tokenizer_dir
+    )
+    task = "seq2seq" if preset == "tiny-t5" else "causal"
+    work = workload("llama", model=preset, task=task, vocabulary_size=300)
+    model = build_for(work, IDS, torch.device("cpu"))
+    save_model(model, tokenizer_dir, folder)
+    save_model(model, tokenizer_dir, folder)  # an older one is replaced
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+    loaded, tokenizer = auto.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id == 1
+    assert loaded.generation_config.pad_token_id == tokenizer.pad_token_id == 0
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<s>user\nhi</s>\n"
+    out = loaded.generate(**tokenizer("你好", return_tensors="pt", return_token_type_ids=False), max_new_tokens=4)
+    assert out.shape[0] == 1

@@ -1,0 +1,228 @@
+"""The planner: the promises of a plan, on machines that are curves, and replayed from evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import facts
+import pytest
+from tiny_models import workload
+
+from autotune.errands import DataSummary, Recipe
+from autotune.errors import NothingFitsError
+from autotune.plan import Hardware, Plan, Timing, Trial, Workload
+from autotune.planner import Planner, Request
+
+MIB = 2**20
+GIB = 2**30
+CARD = facts.hardware(
+    world_size=1,
+    device_memory_free_bytes=7 * GIB,
+    device_memory_total_bytes=8 * GIB,
+    host_memory_total_bytes=16 * GIB,
+    host_memory_available_bytes=12 * GIB,
+)
+PROCESSOR = CARD.model_copy(update={"device": "cpu", "device_name": "a processor"})
+RECIPE = Recipe(
+    epochs=2, max_steps=None, learning_rate=1e-4, schedule="cosine", warmup=0.03, weight_decay=0.1, clip=1, seed=42
+)
+
+
+class Machine:
+    """Memory that is affine in rows, and seconds too; counts what was tried of it."""
+
+    def __init__(self, fixed: int, per_row: int, seconds_per_row: Callable[[int], float] = lambda rows: 0.01) -> None:
+        self.fixed, self.per_row, self.seconds_per_row = fixed, per_row, seconds_per_row
+        self.tried: list[tuple[str, int]] = []
+
+    def measure(self, work: Workload, hardware: Hardware, rows: int, limit: int, predicted: int | None) -> Trial:
+        self.tried.append((work.cpu_allocator, rows))
+        checkpointed = 0.25 if work.gradient_checkpointing == "on" else 1.0
+        grows = self.per_row * rows * checkpointed * work.max_seq_len / 32
+        peak = round((self.fixed + grows) * (1.3 if work.cpu_allocator == "fast" else 1.0))
+        fits = peak <= limit
+        tokens, seconds = rows * work.tokens_per_row, rows * self.seconds_per_row(rows)
+        return Trial(
+            micro_batch_size=rows,
+            outcome="completed" if fits else "out_of_memory",
+            peak_bytes=peak if fits else None,
+            predicted_peak_bytes=predicted,
+            phases={"forward_backward": peak, "optimizer": self.fixed} if fits else {},
+            resident_bytes=self.fixed if fits else None,
+            host_peak_bytes=GIB if fits else None,
+            timings=tuple(Timing(padded_tokens=round(tokens * s), seconds=seconds * s) for s in (1, 0.5, 0.75, 1, 1)),
+            seconds=1.0,
+            message="" if fits else "no more",
+        )
+
+
+def plan_on(machine: Machine, hardware: Hardware = CARD, **changes: Any) -> Plan:
+    values: dict[str, Any] = {
+        "effective_batch_size": 240,
+        "micro_batch_size": None,
+        "prefer": "auto",
+        "memory_limit_bytes": None,
+        "headroom": None,
+        "data": None,
+        "work": workload("llama", cpu_allocator="fast" if hardware.device == "cpu" else "tight"),
+    }
+    values |= changes
+    data, work = values.pop("data"), values.pop("work")
+    planner = Planner(work, hardware, Request(**values), RECIPE, data, machine.measure)
+    list(planner.make())
+    assert planner.plan is not None
+    return planner.plan
+
+
+def data_of(samples: int) -> DataSummary:
+    return DataSummary(
+        files=("a.parquet",),
+        store="store",
+        fingerprint="data",
+        stage="sft",
+        rows=samples,
+        samples=samples,
+        tokens=samples * 20,
+        target_tokens=samples * 10,
+        lengths=(((16, samples // 2), (24, samples - samples // 2)),),
+        cuts={},
+        unknown_share=0,
+    )
+
+
+def test_a_plan_within_memory_balances_below_the_largest_safe_size() -> None:
+    plan = plan_on(Machine(GIB, 240 * MIB), effective_batch_size=240)  # budget 6.65 GiB: 24 rows
+    assert plan.batching.largest_safe_micro_batch_size == pytest.approx(24, abs=2)
+    assert plan.batching.limited_by == "memory"
+    assert plan.batching.gradient_accumulation_steps * plan.batching.micro_batch_size >= 240
+    assert plan.batching.micro_batch_size in {t.micro_batch_size for t in plan.evidence.trials}
+    assert plan.memory.measured_peak_bytes is not None
+    assert plan.memory.measured_peak_bytes <= plan.memory.budget_bytes
+    assert plan.evidence.out_of_memory_count == 0
+
+
+@pytest.mark.parametrize("effective", [1, 7, 30, 31, 64, 97])
+def test_the_effective_batch_is_exact_and_a_share_that_fits_is_not_exceeded(effective: int) -> None:
+    plan = plan_on(Machine(GIB, MIB), effective_batch_size=effective)
+    assert plan.batching.effective_batch_size == effective
+    assert plan.batching.micro_batch_size == effective
+    assert plan.batching.limited_by == "effective_batch"
+    assert max(t.micro_batch_size for t in plan.evidence.trials) <= effective
+
+
+def test_less_data_than_a_step_limits_the_batch() -> None:
+    plan = plan_on(Machine(GIB, MIB), data=data_of(10))
+    assert (plan.batching.micro_batch_size, plan.batching.limited_by) == (10, "data")
+    assert plan.forecast is not None
+    assert (plan.forecast.steps_per_epoch, plan.forecast.total_steps) == (1, 2)
+
+
+def test_more_memory_never_gives_a_smaller_batch() -> None:
+    sizes = [
+        plan_on(Machine(GIB, 100 * MIB), memory_limit_bytes=gib * GIB).batching.largest_safe_micro_batch_size
+        for gib in (2, 3, 4, 5, 6)
+    ]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+
+
+def test_a_smaller_size_is_taken_only_where_it_is_faster_and_not_if_the_largest_is_preferred() -> None:
+    def slow_when_large(rows: int) -> float:
+        return 0.01 if rows < 20 else 0.02
+
+    by_speed = plan_on(Machine(GIB, MIB, slow_when_large), effective_batch_size=64)
+    assert by_speed.batching.limited_by == "speed"
+    assert by_speed.batching.micro_batch_size < 20
+    largest = plan_on(Machine(GIB, MIB, slow_when_large), effective_batch_size=64, prefer="largest")
+    assert largest.batching.micro_batch_size == 64
+
+
+def test_a_size_the_user_fixed_is_measured_and_kept() -> None:
+    machine = Machine(GIB, MIB)
+    plan = plan_on(machine, micro_batch_size=7, effective_batch_size=30)
+    assert machine.tried == [("tight", 7)]
+    assert (plan.batching.micro_batch_size, plan.batching.limited_by) == (7, "user")
+    assert plan.batching.gradient_accumulation_steps == 5
+
+
+def test_a_fixed_size_that_does_not_fit_is_refused_with_the_numbers() -> None:
+    with pytest.raises(NothingFitsError, match=r"batch of 64 rows .* 7\.00 GiB") as error:
+        plan_on(Machine(GIB, GIB), micro_batch_size=64)
+    assert "--auto" in error.value.hint
+
+
+def test_where_one_row_does_not_fit_the_nearest_change_that_would_is_named() -> None:
+    with pytest.raises(NothingFitsError, match="one row of 32 tokens") as error:
+        plan_on(Machine(GIB, 10 * GIB))
+    assert error.value.hint.startswith("--gradient-checkpointing on would fit: 3.50 GiB")
+    with pytest.raises(NothingFitsError) as error:
+        plan_on(Machine(9 * GIB, GIB), work=workload("llama", max_seq_len=512))
+    assert "smaller model" in error.value.hint
+
+
+def test_shorter_rows_are_tried_after_checkpointing() -> None:
+    with pytest.raises(NothingFitsError) as error:
+        plan_on(Machine(GIB, 4 * GIB), work=workload("llama", max_seq_len=512))
+    assert "--max-seq-len 128" in error.value.hint
+
+
+def test_on_a_processor_the_fast_allocator_is_for_ample_memory_and_the_tight_one_for_little() -> None:
+    ample, scarce = Machine(GIB // 2, MIB), Machine(GIB // 2, 200 * MIB)
+    assert plan_on(ample, PROCESSOR).workload.cpu_allocator == "fast"
+    plan = plan_on(scarce, PROCESSOR)
+    assert plan.workload.cpu_allocator == "tight"
+    assert {trial.micro_batch_size for trial in plan.evidence.trials} == {
+        rows for allocator, rows in scarce.tried if allocator == "tight"
+    }
+
+
+def test_no_size_is_tried_twice() -> None:
+    for per_row in (MIB, 30 * MIB, 240 * MIB, GIB):
+        for hardware in (CARD, PROCESSOR):
+            machine = Machine(GIB, per_row)
+            plan_on(machine, hardware)
+            assert len(machine.tried) == len(set(machine.tried))
+
+
+def test_recorded_trials_replay_to_the_same_plan() -> None:
+    first = plan_on(Machine(GIB, 240 * MIB))
+    recorded = {trial.micro_batch_size: trial for trial in first.evidence.trials}
+
+    class Recording(Machine):
+        def measure(self, work: Workload, hardware: Hardware, rows: int, limit: int, predicted: int | None) -> Trial:
+            return recorded[rows]
+
+    assert plan_on(Recording(0, 0)) == first
+
+
+def test_an_erratic_size_below_the_largest_is_not_promised() -> None:
+    """Memory need not be monotone: where the balanced size fails, the larger one that was measured stands."""
+
+    class Erratic(Machine):
+        def measure(self, work: Workload, hardware: Hardware, rows: int, limit: int, predicted: int | None) -> Trial:
+            trial = super().measure(work, hardware, rows, limit, predicted)
+            if rows == 20:
+                return trial.model_copy(update={"peak_bytes": limit})
+            return trial
+
+    plan = plan_on(Erratic(GIB, 245 * MIB), prefer="largest")  # 23 or so rows fit; 240 / 23 balances to 11 x 22
+    assert plan.memory.measured_peak_bytes is not None
+    assert plan.memory.measured_peak_bytes <= plan.memory.budget_bytes
+
+
+def test_the_forecast_follows_epochs_and_speed() -> None:
+    plan = plan_on(Machine(GIB, MIB), data=data_of(3000), effective_batch_size=64)
+    assert plan.forecast is not None
+    assert plan.speed is not None
+    assert (plan.forecast.steps_per_epoch, plan.forecast.total_steps) == (47, 94)
+    # 32 tokens a row take 10 ms; rows are padded to the longest beside them, 24.
+    assert plan.forecast.padded_tokens_per_sample == pytest.approx(24, rel=1e-3)
+    assert plan.forecast.total_seconds == pytest.approx(2 * 3000 * 0.01 * 24 / 32, rel=0.01)
+
+
+def test_host_memory_is_accounted_beside_the_cards() -> None:
+    memory = plan_on(Machine(GIB, MIB)).memory
+    assert memory.host_peak_bytes == GIB
+    assert memory.host_budget_bytes == pytest.approx(12 * GIB * 0.95)
+    assert sum(memory.items.values()) == memory.measured_peak_bytes
