@@ -63,7 +63,7 @@ def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
     spread = sum((x - x_mean) ** 2 for x, _ in points)
     slope = sum((x - x_mean) * (y - y_mean) for x, y in points) / spread if spread else 0.0
     slope = min(max(slope, 0.0), y_mean / x_mean)
-    return y_mean - slope * x_mean, slope
+    return max(0.0, y_mean - slope * x_mean), slope
 
 
 def rows_per_second(trial: Trial) -> float:

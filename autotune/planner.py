@@ -275,9 +275,9 @@ def milder(workload: Workload) -> list[tuple[str, Workload]]:
             "max_seq_len": min(workload.max_seq_len, length),
             "max_target_len": min(workload.max_target_len, length),
         }
-        options = f"--gradient-checkpointing on --max-seq-len {length}"
+        options = f"--gradient-checkpointing on --max-seq-len {shorter['max_seq_len']}"
         if workload.task == "seq2seq":
-            options += f" --max-target-len {length}"
+            options += f" --max-target-len {shorter['max_target_len']}"
         changes.append((options, workload.model_copy(update=shorter)))
     return changes
 

@@ -12,8 +12,6 @@ from autotune.plan import Trial
 
 FINE = 10
 """A gain of less than one row in ten is not worth another trial."""
-TRUSTED_TRIALS = 4
-"""So many trials follow the memory model; then the curve is not what the model says, and the bracket is halved."""
 
 
 def is_safe(trial: Trial, budget_bytes: int) -> bool:
@@ -43,19 +41,17 @@ def next_size(trials: Sequence[Trial], budget_bytes: int, largest: int) -> int |
         return None if high <= 1 else 1
     if high - 1 - low <= low // FINE:
         return None
-    return _inside(trials, budget_bytes, low, high)
+    return _inside(trials, budget_bytes, low, high, has_failed=high <= largest)
 
 
-def _inside(trials: Sequence[Trial], budget_bytes: int, low: int, high: int) -> int | None:
+def _inside(trials: Sequence[Trial], budget_bytes: int, low: int, high: int, *, has_failed: bool) -> int | None:
     """Choose a size strictly between a safe one and one that is not, or None if the model rules all of them out."""
     model = fit(trials)
     assert model is not None  # low is a completed trial
+    if has_failed and model.peak_bytes(high) <= budget_bytes:
+        return (low + high) // 2  # memory is not what the model says: halve the bracket
     predicted = max((r for r in range(low + 1, high) if model.peak_bytes(r) <= budget_bytes), default=low)
-    if predicted == high - 1 and len(trials) < TRUSTED_TRIALS:
-        return predicted
-    if sum(t.completed for t in trials) == 1:
+    if sum(t.completed for t in trials) == 1 and predicted < high - 1:
         half = (budget_bytes + model.peak_bytes(low)) // 2
-        return max((r for r in range(low + 2, high) if model.peak_bytes(r) <= half), default=low + 1)
-    if predicted - low <= low // FINE:
-        return None
-    return predicted if len(trials) < TRUSTED_TRIALS else min(predicted, (low + high) // 2)
+        return max((r for r in range(low + 1, high) if model.peak_bytes(r) <= half), default=low + 1)
+    return predicted if predicted - low > low // FINE else None

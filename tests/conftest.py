@@ -9,6 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says nothing here: machines that test are shared.
+settings.register_profile("chatlm", deadline=None)
+settings.load_profile("chatlm")
 
 CommandRunner = Callable[..., subprocess.CompletedProcess[str]]
 

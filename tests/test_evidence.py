@@ -89,9 +89,9 @@ def test_a_falling_line_is_flat_at_its_higher_end(low: int, drop: int, small: in
 
 
 def test_a_neighbour_of_the_largest_size_is_passed_over_for_one_well_below_it() -> None:
-    far, near, last = (completed(rows, {"forward_backward": peak}) for rows, peak in [(60, 600), (79, 999), (80, 800)])
-    assert far.micro_batch_size == APART * last.micro_batch_size
-    model = fit([far, near, last])
+    peaks = {1: 500, 60: 600, 79: 999, 80: 800}
+    assert APART * 80 == 60
+    model = fit([completed(rows, {"forward_backward": peak}) for rows, peak in peaks.items()])
     assert model is not None
     assert model.peak_bytes(160) == 1600
 

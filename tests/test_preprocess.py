@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from autotune.errands import Preprocess, Preprocessed
 from autotune.errors import ConfigurationError, DataError
@@ -40,7 +39,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    records = (Record("", (Turn("user", row["prompt"]), Turn("assistant", row["response"]))) for row in pairs(0, 20))
+    records = (Record("", (Turn("user", row["prompt"]), Turn("assistant", row["response"]))) for row in pairs(500, 20))
     train_tokenizer(records, 300, folder)
     return folder
 
@@ -139,14 +138,17 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_other_rules_make_another_store_and_keep_the_first(tmp_path: Path, data: Path, change: str) -> None:
-    first = facts(run(errand(tmp_path, data)))
+def test_other_rules_make_another_store_and_keep_the_first(
+    tmp_path: Path, data: Path, tokenizer_dir: Path, change: str
+) -> None:
+    asked = errand(tmp_path, data, tokenizer=str(tokenizer_dir))
+    first = facts(run(asked))
     before = times(Path(first.store))
-    other = facts(run(errand(tmp_path, data, **CHANGES[change])))
+    other = facts(run(asked.model_copy(update=CHANGES[change])))
     assert other.store != first.store
     assert other.fingerprint != first.fingerprint
     assert times(Path(first.store)) == before
-    assert facts(run(errand(tmp_path, data))) == first
+    assert facts(run(asked)) == first
 
 
 def test_another_tokenizer_makes_another_store(tmp_path: Path, data: Path, tokenizer_dir: Path) -> None:
@@ -205,7 +207,7 @@ def test_validation_is_read_by_the_tokenizer_of_the_data(tmp_path: Path, data: P
 def test_what_a_rule_cuts_is_counted(tmp_path: Path, tokenizer_dir: Path) -> None:
     long = write(tmp_path / "long.jsonl", [*pairs(0, 3), {"prompt": "q", "response": "long " * 99}])
     summary = facts(run(errand(tmp_path, long, tokenizer=str(tokenizer_dir))))
-    assert summary.cuts == {"answer_cut": 1}
+    assert summary.cuts == {"prompt_cut": 1, "answer_cut": 1}
     assert summary.longest(0) == 64
 
 
