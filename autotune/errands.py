@@ -14,7 +14,7 @@ from autotune.plan import Device, Fact, Plan, Stage, Task, Timing, Workload
 
 DRY_MICRO_BATCHES = 2
 """Micro-batches in a dry step: the second one meets resident gradients, as all but the first do in training."""
-DRY_LENGTHS = (1.0, 0.5, 0.75, 1.0, 1.0)
+DRY_LENGTHS = (1.0, 0.5, 0.75, 1.0)
 """Share of the worst-case length in each dry step. Real steps are of many lengths, which an allocator pays for with
 pieces that fit nothing; and seconds over lengths tell what a shorter row costs. A first step is no guide to either."""
 

@@ -8,8 +8,8 @@ cd "$work" # so that nothing is found but what was installed
 
 chatlm --help > /dev/null
 chatlm profiles
+chatlm plan --max-seq-len 64 --effective-batch-size 8
 for model in tiny tiny-t5; do
-    chatlm plan --model "$model" --max-seq-len 64 --effective-batch-size 8 --memory-limit 2GiB
     chatlm plan --model "$model" --max-seq-len 64 --effective-batch-size 8 --memory-limit 2GiB --json > plan.json
     chatlm train --auto --model "$model" --max-seq-len 64 --effective-batch-size 8 --max-steps 5 --output-dir "auto-$model"
     chatlm train --plan plan.json --max-seq-len 64 --max-steps 3 --output-dir "planned-$model"

@@ -17,7 +17,7 @@ from trainer.data import TokenStore
 from trainer.encode import end_ids
 from trainer.preprocess import preprocess
 from trainer.records import Record, Turn
-from trainer.tokenizer import fingerprint, load_tokenizer, train_tokenizer
+from trainer.tokenizer import CHAT_TEMPLATE, fingerprint, load_tokenizer, train_tokenizer
 
 POSITIONS = 64
 
@@ -154,7 +154,8 @@ def test_other_rules_make_another_store_and_keep_the_first(
 def test_another_tokenizer_makes_another_store(tmp_path: Path, data: Path, tokenizer_dir: Path) -> None:
     trained = run(errand(tmp_path, data))
     given = run(errand(tmp_path, data, tokenizer=str(tokenizer_dir)))
-    assert given.tokenizer_dir == str(tokenizer_dir)
+    assert given.tokenizer_dir != trained.tokenizer_dir
+    assert {p.name for p in Path(str(given.tokenizer_dir)).iterdir()} == {p.name for p in tokenizer_dir.iterdir()}
     assert facts(given).store != facts(trained).store
 
 
@@ -291,9 +292,9 @@ def test_without_data_only_the_model_is_described(tmp_path: Path, tokenizer_dir:
 
 def test_a_checkpoint_brings_its_own_tokenizer(tmp_path: Path, data: Path, checkpoint: Path) -> None:
     answer = run(errand(tmp_path, data, model=str(checkpoint)))
-    assert answer.tokenizer_dir == str(checkpoint)
+    own = load_tokenizer(str(checkpoint))
+    assert answer.tokenizer_fingerprint == fingerprint(own) == fingerprint(load_tokenizer(str(answer.tokenizer_dir)))
     assert not answer.model.random_weights
-    assert not (tmp_path / "cache/tokenizers").exists()
 
 
 def test_a_checkpoint_without_a_tokenizer_is_an_error(tmp_path: Path, data: Path, checkpoint: Path) -> None:
@@ -332,3 +333,15 @@ def test_the_share_of_unknown_tokens_is_told(real_data: Path, tmp_path: Path) ->
         shares[name] = summary.unknown_share
     assert 0.15 < shares["chatlm_mini"] < 0.35
     assert shares["minimind"] == 0.0
+
+
+def test_what_is_saved_is_the_tokenizer_as_it_was_used_and_nothing_that_lay_beside_it(
+    tmp_path: Path, data: Path, tokenizer_dir: Path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tokenizer_dir, bare)
+    (bare / "chat_template.jinja").unlink()
+    (bare / "model.safetensors").write_bytes(b"weights that must not be copied over trained ones")
+    saved = Path(str(run(errand(tmp_path, data, tokenizer=str(bare))).tokenizer_dir))
+    assert (saved / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE
+    assert not (saved / "model.safetensors").exists()

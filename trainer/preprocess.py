@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 import time
@@ -39,8 +38,7 @@ def preprocess(errand: Preprocess, report: Report) -> Preprocessed:
     if errand.data is None:
         return _without_data(errand)
     source = Source(errand)
-    tokenizer_dir = _tokenizer_folder(errand, source, report)
-    tokenizer = load_tokenizer(str(tokenizer_dir))
+    tokenizer = load_tokenizer(str(_tokenizer_folder(errand, source, report)))
     model = summarise(errand.model, len(tokenizer), errand.dropout)
     _check_length(errand, model)
     stage = errand.stage or source.stage()
@@ -51,7 +49,7 @@ def preprocess(errand: Preprocess, report: Report) -> Preprocessed:
         validation = _store(errand, files, lambda: read_records(files), model, stage, tokenizer, report)
     return Preprocessed(
         model=model,
-        tokenizer_dir=str(tokenizer_dir),
+        tokenizer_dir=str(_save_as_used(tokenizer, errand)),
         tokenizer_fingerprint=fingerprint(tokenizer),
         ids=TokenIds(pad=tokenizer.pad_token_id, eos=end_ids(tokenizer, model.task, stage), bos=tokenizer.bos_token_id),
         data=data,
@@ -64,7 +62,8 @@ def _check_length(errand: Preprocess, model: ModelSummary) -> None:
     if model.longest_input is not None and longest > model.longest_input:
         raise ConfigurationError(
             f"{longest} tokens were asked for, the model {errand.model} has positions for {model.longest_input}",
-            f"give --max-seq-len {model.longest_input}",
+            f"give --max-seq-len {model.longest_input}"
+            + f" --max-target-len {model.longest_input}" * (model.task == "seq2seq"),
         )
 
 
@@ -113,6 +112,15 @@ def _tokenizer_folder(errand: Preprocess, source: Source, report: Report) -> Pat
     return folder
 
 
+def _save_as_used(tokenizer: PreTrainedTokenizerFast, errand: Preprocess) -> Path:
+    """Save the tokenizer with the chat template that it was used with, in a folder that holds nothing else."""
+    folder = Path(errand.cache_dir) / "tokenizers" / fingerprint(tokenizer)
+    if not folder.exists():
+        with _whole(folder) as partial:
+            tokenizer.save_pretrained(partial)
+    return folder
+
+
 def _store(
     errand: Preprocess,
     files: Sequence[Path],
@@ -131,6 +139,7 @@ def _store(
         return kept.model_copy(update={"store": str(folder)})  # the cache may have been moved
     encoder = Encoder(tokenizer, model.task, stage, *limits)
     rows = Counted(read(), "tokenizing", report)
+    shutil.rmtree(folder, ignore_errors=True)  # without a summary it is none of ours, or damaged
     with _whole(folder) as partial:
         facts = write_store(encoder.encode(rows), partial, model.task, len(tokenizer))
         data = DataSummary(
@@ -157,8 +166,11 @@ def _whole(folder: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)  # noqa: PTH105 # says that it replaces
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was first, with the same
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -85,6 +85,9 @@ def test_a_trained_model_is_a_checkpoint_to_train_from(auto_run: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     assert "RANDOM" not in done.stderr
     assert metrics(tmp_path / "second")[0]["loss"] < 0.9 * metrics(auto_run / "run")[0]["loss"]
+    before, after = auto_run / "run" / "model", tmp_path / "second" / "model"
+    assert (before / "model.safetensors").read_bytes() != (after / "model.safetensors").read_bytes()
+    assert (before / "tokenizer.json").read_bytes() == (after / "tokenizer.json").read_bytes()
 
 
 def test_a_size_that_was_given_is_kept_and_the_effective_batch_reached(
@@ -107,7 +110,7 @@ def test_a_size_that_was_given_and_does_not_fit_is_refused(dialogues: Path, chat
 
 
 def test_where_one_row_does_not_fit_the_answer_names_what_would(chatlm: CommandRunner) -> None:
-    done = chatlm("plan", "--model", "tiny", "--memory-limit", "400MiB", "--max-seq-len", 1024)
+    done = chatlm("plan", "--model", "tiny", "--memory-limit", "450MiB", "--max-seq-len", 1024)
     assert done.returncode == 1
     assert "one row of 1024 tokens" in done.stderr
     assert "would fit" in done.stderr
@@ -131,10 +134,7 @@ def test_a_plan_for_shorter_rows_than_the_data_has_is_refused_unless_the_data_is
     assert "the plan has model tiny" in done.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_a_model_that_loads(
-    number: signal.Signals, code: int, tmp_path: Path, dialogues: Path, chatlm_environment: dict[str, str]
-) -> None:
+def test_ctrl_c_leaves_a_model_that_loads(tmp_path: Path, dialogues: Path, chatlm_environment: dict[str, str]) -> None:
     command = [chatlm_path(), "train", "--batch-size-per-gpu", "7", "--data", str(dialogues), "--max-seq-len", "64",
                "--effective-batch-size", "7", "--epochs", "100000", "--output-dir", "run"]  # fmt: skip
     process = subprocess.Popen(
@@ -146,9 +146,9 @@ def test_a_signal_leaves_a_model_that_loads(
         assert time.monotonic() < end
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
+    assert process.returncode == 130, err
     assert "stopped after" in out
     assert metrics(tmp_path / "run", "event")[-1]["event"] == "stopped"
     loads = "from transformers import AutoModelForCausalLM as A; A.from_pretrained('run/model')"
@@ -188,16 +188,20 @@ def memory_group() -> Any:
 def test_inside_a_memory_control_group_it_plans_what_fits_and_is_not_killed(
     memory_group: Path, tmp_path: Path, real_data: Path, chatlm_environment: dict[str, str]
 ) -> None:
-    """64 rows of this data take over 2 GiB at this shape; the group has 1.5 GiB for everything."""
+    """64 rows of this data take over 2 GiB at this shape; the group has 1.5 GiB, half of which a neighbour holds."""
     data = real_data / "chatlm_mini" / "my_train_dataset_3k.parquet"
-    command = [chatlm_path(), "train", "--auto", "--model", "tiny", "--data", str(data),
-               "--max-seq-len", "256", "--effective-batch-size", "64", "--prefer", "largest", "--limit", "400",
-               "--max-steps", "2", "--output-dir", "run"]  # fmt: skip
-    enter = f'echo $$ > {memory_group}/cgroup.procs && exec "$@"'
-    done = subprocess.run(
-        ["bash", "-c", enter, "bash", *command],
-        cwd=tmp_path, env=chatlm_environment, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
+    command = [chatlm_path(), "train", "--auto", "--model", "tiny", "--data", str(data), "--max-seq-len", "256",
+               "--effective-batch-size", "64", "--prefer", "largest", "--limit", "400", "--max-steps", "2",
+               "--output-dir", "run"]  # fmt: skip
+    neighbour = [sys.executable, "-c", "held = bytearray(700 * 2**20); print(len(held), flush=True); input()"]
+    enter = ["bash", "-c", f'echo $$ > {memory_group}/cgroup.procs && exec "$@"', "bash"]
+    with subprocess.Popen([*enter, *neighbour], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert int(other.stdout.readline()) == 700 * 2**20
+        done = subprocess.run(
+            [*enter, *command], cwd=tmp_path, env=chatlm_environment, capture_output=True, text=True, timeout=500
+        )
+        other.communicate(b"\n")
     assert done.returncode == 0, done.stderr
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plan["batching"]["effective_batch_size"] == 64
@@ -207,5 +211,5 @@ def test_inside_a_memory_control_group_it_plans_what_fits_and_is_not_killed(
     rows = metrics(tmp_path / "run")
     assert [row["samples"] for row in rows] == [64] * 2
     assert max(row["peak_memory_bytes"] for row in rows) <= plan["memory"]["budget_bytes"]
-    assert int((memory_group / "memory.max_usage_in_bytes").read_text()) <= 3 * GIB // 2
+    assert other.returncode == 0
     assert "oom_kill 0" in (memory_group / "memory.oom_control").read_text()
