@@ -14,7 +14,7 @@ from tiny_models import build, workload
 from autotune.plan import Task, Workload
 from trainer.data import TokenStore, write_store
 from trainer.encode import Sample
-from trainer.microbatch import MicroBatch, SpecialTokens, WorstCase, collate, lay_out, target_count
+from trainer.microbatch import IGNORED, MicroBatch, SpecialTokens, WorstCase, collate, lay_out, target_count
 
 FAMILY: dict[Task, str] = {"causal": "llama", "seq2seq": "t5"}
 SPECIAL = SpecialTokens(pad=0, decoder_start=1)
@@ -63,7 +63,8 @@ def predicted(batch: MicroBatch, name: str) -> list[tuple[int, int, int]]:
     """Row, column and token of each target."""
     width = batch.inputs[name].shape[1]
     places = batch.target_positions.tolist()
-    return [(place // width, place % width, token) for place, token in zip(places, batch.targets.tolist(), strict=True)]
+    pairs = zip(places, batch.targets.tolist(), strict=True)
+    return [(place // width, place % width, token) for place, token in pairs if token != IGNORED]
 
 
 def is_padded_length(length: int, longest: int, limit: int) -> bool:
@@ -145,7 +146,7 @@ def test_a_step_is_each_sample_once_in_order_in_balanced_micro_batches(
     for size, batch in zip(sizes, step, strict=True):
         same(batch, collate(ids[start : start + size], memory, work, SPECIAL))
         start += size
-    assert target_count(ids, memory) == sum(len(batch.targets) for batch in step)
+    assert target_count(ids, memory) == sum(int((batch.targets != IGNORED).sum()) for batch in step)
     assert sum(batch.tokens for batch in step) == sum(len(sample.tokens) for sample in samples)
 
 
@@ -189,8 +190,9 @@ def test_the_worst_case_fills_its_limits_with_targets(task: Task, limit: int) ->
     assert batch.inputs["input_ids"].shape == (3, limit)
     assert batch.padded_tokens == batch.tokens == 3 * work.tokens_per_row
     # The first token of a causal row has none before it that could predict it.
-    assert len(batch.targets) == 3 * (target_limit or limit - 1)
-    assert target_count(range(3), WorstCase(work)) == len(batch.targets)
+    real = int((batch.targets != IGNORED).sum())
+    assert real == target_count(range(3), WorstCase(work)) == 3 * (target_limit or limit - 1)
+    assert real <= len(batch.targets) <= 3 * (target_limit or limit)
     assert int(batch.inputs["input_ids"].max()) < work.vocabulary_size
 
 
@@ -258,3 +260,21 @@ def test_without_its_mask_an_encoder_would_see_the_padding() -> None:
         seen = model(**inputs, use_cache=False).logits[0]
         blind = model(**(inputs | {"attention_mask": torch.zeros_like(inputs["attention_mask"])})).logits[0]
     assert (seen - blind).abs().max() > 1e-3
+
+
+def test_targets_come_in_few_lengths_with_little_added() -> None:
+    class Rows:
+        def __init__(self, length: int) -> None:
+            self._length = length
+
+        def tokens(self, i: int) -> Any:
+            return np.arange(self._length)
+
+        def spans(self, i: int) -> Any:
+            return np.array([[1, self._length]])
+
+    work = workload("llama", max_seq_len=4096)
+    lengths = [len(collate([0], Rows(length), work, SPECIAL).targets) for length in range(2, 4097)]
+    assert all(found >= length for length, found in enumerate(lengths, 1))
+    assert all(found < length + max(8, length / 8 + 1) for length, found in enumerate(lengths, 1))
+    assert len(set(lengths)) <= 8 * 12

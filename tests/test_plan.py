@@ -430,9 +430,9 @@ def test_a_twentieth_of_what_is_free_is_kept_back() -> None:
     assert budget.limit_from == "free device memory"
 
 
-def test_at_least_256_mib_are_kept_back_on_a_card_and_64_on_a_processor() -> None:
+def test_at_least_256_mib_are_kept_back_on_a_card_and_128_on_a_processor() -> None:
     assert set_budget(hardware(device_memory_free_bytes=2 * GIB), None, None).headroom_bytes == 256 * MIB
-    assert set_budget(processor(device_memory_free_bytes=GIB), None, None).headroom_bytes == 64 * MIB
+    assert set_budget(processor(device_memory_free_bytes=GIB), None, None).headroom_bytes == 128 * MIB
 
 
 def test_on_a_processor_the_limit_is_named_after_what_binds_there() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.microbatch import MicroBatch
+from trainer.microbatch import IGNORED, MicroBatch
 
 
 def loss_sum(model: Any, batch: MicroBatch) -> Tensor:
@@ -24,4 +24,4 @@ def loss_sum(model: Any, batch: MicroBatch) -> Tensor:
     with model.get_output_embeddings().register_forward_pre_hook(at_targets):
         logits: Tensor = model(**batch.inputs, use_cache=False).logits.squeeze(0)
     wide = logits if logits.element_size() >= 4 else logits.float()
-    return F.cross_entropy(wide, batch.targets, reduction="sum")
+    return F.cross_entropy(wide, batch.targets, reduction="sum", ignore_index=IGNORED)
