@@ -32,8 +32,8 @@ MIB = 2**20
 HEADROOM_SHARE = 0.05
 LEAST_HEADROOM_BYTES = {"cuda": 256 * MIB, "cpu": 128 * MIB}
 """On a processor the kernels that oneDNN keeps for shapes no dry step had: 120 MiB were seen over an epoch."""
-FASTER = 1.05
-"""A smaller micro-batch is taken when it is faster by this factor."""
+FASTER = 1.25
+"""A smaller micro-batch is taken when it was faster by this factor: single timings are noisy, and less is chance."""
 AMPLE = 1.5
 """glibc's fast setting holds up to so much more than is live, and not the same at each run: it needs room for that."""
 PADDING_MULTIPLE = 8
@@ -123,6 +123,9 @@ class Planner:
         fixed = self._request.micro_batch_size
         if fixed is not None:
             yield from self._try(fixed)
+            if self._workload.cpu_allocator == "fast" and not self._is_ample():
+                self._start_tight()
+                yield from self._try(fixed)
             self._check_fixed(self._trials[-1])
             self.plan = self._write(fixed, "user")
         else:
@@ -153,16 +156,19 @@ class Planner:
         while (size := next_size(self._trials, budget, self._share)) is not None:
             yield from self._try(size)
             if self._workload.cpu_allocator == "fast" and not self._is_ample():
-                # What was measured at the one setting tells nothing of the other.
-                self._workload = self._workload.model_copy(update={"cpu_allocator": "tight"})
-                self._trials.clear()
+                self._start_tight()
+
+    def _start_tight(self) -> None:
+        """Forget what was measured at the fast setting: it tells nothing of the tight one."""
+        self._workload = self._workload.model_copy(update={"cpu_allocator": "tight"})
+        self._trials.clear()
 
     def _is_ample(self) -> bool:
         """Whether a rank's whole share would leave room for what the fast setting holds beyond what is live."""
         model = fit(self._trials)
         if model is None or not self._trials[-1].completed:
             return False
-        rows = self._share if len(self._trials) > 1 else 1
+        rows = self._share if len(self._trials) > 1 else self._trials[0].micro_batch_size
         return AMPLE * model.peak_bytes(rows) <= self.budget.budget_bytes
 
     def _choose(self) -> Generator[Trial, None, tuple[int, LimitedBy]]:
@@ -186,12 +192,13 @@ class Planner:
         return rows, limited_by
 
     def _check_fixed(self, trial: Trial) -> None:
-        if is_safe(trial, self.budget.limit_bytes):
+        if is_safe(trial, self.budget.budget_bytes):
             return
         needs = f"needs {trial.peak_bytes / GIB:.2f} GiB" if trial.peak_bytes else f"did not fit ({trial.message})"
         raise NothingFitsError(
             f"a batch of {trial.micro_batch_size} rows of {self._workload.tokens_per_row} tokens {needs}, "
-            f"the limit is {self.budget.limit_bytes / GIB:.2f} GiB ({self.budget.limit_from})",
+            f"the budget is {self.budget.budget_bytes / GIB:.2f} GiB ({self.budget.limit_bytes / GIB:.2f} GiB by "
+            f"{self.budget.limit_from}, less headroom)",
             "leave --batch-size-per-gpu out and give --auto: the effective batch stays the same",
         )
 
@@ -215,8 +222,9 @@ class Planner:
 
     def _write(self, rows: int, limited_by: LimitedBy) -> Plan:
         trial = next(t for t in self._trials if t.micro_batch_size == rows)
+        effective = self._request.effective_batch_size
         batching = reach(
-            self._request.effective_batch_size,
+            effective if self._data is None else min(effective, self._data.samples),
             self._hardware.world_size,
             rows,
             max(rows, largest_safe(self._trials, self.budget.budget_bytes)),

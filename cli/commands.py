@@ -48,6 +48,9 @@ from cli.wiring import (
 )
 from profiles import Resolved, Settings, resolve
 
+ENDINGS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Signals after which a run is saved; a terminal that is closed sends the last."""
+
 
 def plan_command(
     given: dict[str, Any], profile: str | None, config: str | None, *, as_json: bool, show_config: bool
@@ -178,7 +181,7 @@ def _train(job: Job, folder: Path) -> None:
                 progress.show(event["row"])
             elif event["event"] == "out_of_memory":
                 raise _no_longer_fits(job.plan, progress, str(event["message"]))
-        if not progress.ended and not signals:
+        if not progress.ended and (progress.steps or not signals):
             raise _unexpected_end(worker, job.plan, progress)
     _summarise(progress, job.plan)
     if signals:
@@ -198,7 +201,7 @@ def _signals_to(worker: Worker) -> Iterator[list[int]]:
         say("stopping: finishing the step and saving the model; once more ends at once")
         worker.interrupt()
 
-    before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, take) for number in ENDINGS}
     try:
         yield came
     finally:

@@ -162,6 +162,7 @@ def settings_of_plan(plan: Plan, resolved: Resolved) -> Settings:
     workload, batching = plan.workload, plan.batching
     values: dict[str, Any] = {
         "model": workload.model,
+        "stage": workload.stage,
         "dropout": workload.dropout,
         "optimizer": workload.optimizer,
         "precision": workload.precision,
@@ -172,9 +173,9 @@ def settings_of_plan(plan: Plan, resolved: Resolved) -> Settings:
     }
     for name, planned in values.items():
         typed = getattr(resolved.settings, name)
-        if resolved.origins[name] == "command line" and typed != planned:
+        if resolved.given_by_hand(name) and typed not in (planned, "auto"):
             raise ConfigurationError(
-                f"the plan has {name} {planned}, the command line {typed}", "leave it out, or plan again"
+                f"the plan has {name} {planned}, {resolved.origins[name]} {typed}", "leave it out, or plan again"
             )
     return Settings(**{**vars(resolved.settings), **values})
 
@@ -199,7 +200,6 @@ def fit_plan(plan: Plan, facts: Preprocessed) -> Plan:
             "plan again with this data and tokenizer",
         )
     changed = {
-        "stage": data.stage,
         "parameters": facts.model.parameters,
         "trainable_parameters": facts.model.trainable_parameters,
         "vocabulary_size": facts.model.vocabulary_size,

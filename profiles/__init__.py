@@ -163,7 +163,8 @@ def parse_headroom(text: str) -> float:
         if not 0 <= share < 1:
             raise ConfigurationError(f"{text!r} is no share", "write it like 5%")
         return share
-    return float(parse_bytes(text))
+    size = parse_bytes(text)
+    return float(size) if size >= 1 else float(text)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import build, workload
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -134,3 +135,24 @@ def test_a_saved_model_loads_by_plain_transformers_with_tokenizer_and_end_token(
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<s>user\nhi</s>\n"
     out = loaded.generate(**tokenizer("你好", return_tensors="pt", return_token_type_ids=False), max_new_tokens=4)
     assert out.shape[0] == 1
+
+
+@pytest.mark.parametrize("damage", ["renamed", "truncated"])
+def test_a_checkpoint_whose_weights_do_not_match_is_refused_and_not_trained_from_random(
+    damage: str, tmp_path: Path
+) -> None:
+    build("llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    if damage == "renamed":
+        save_file({f"_orig_mod.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    else:
+        file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ConfigurationError, match="weights"):
+        build_for(workload("llama", model=str(tmp_path)), IDS, torch.device("cpu"))
+
+
+def test_a_template_that_ends_answers_with_another_token_stops_generation_at_both(tmp_path: Path) -> None:
+    ids = TokenIds(pad=0, eos=(1, 5), bos=2)
+    work = workload("llama", model="tiny", vocabulary_size=300)
+    build_for(work, ids, torch.device("cpu")).save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == [1, 5]

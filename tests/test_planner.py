@@ -147,7 +147,7 @@ def test_a_size_the_user_fixed_is_measured_and_kept() -> None:
 
 
 def test_a_fixed_size_that_does_not_fit_is_refused_with_the_numbers() -> None:
-    with pytest.raises(NothingFitsError, match=r"batch of 64 rows .* 7\.00 GiB") as error:
+    with pytest.raises(NothingFitsError, match=r"batch of 64 rows .* 6\.65 GiB") as error:
         plan_on(Machine(GIB, GIB), micro_batch_size=64)
     assert "--auto" in error.value.hint
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -179,24 +180,16 @@ def build_for(workload: Workload, ids: TokenIds | None, device: torch.device) ->
         config.decoder_start_token_id = ids.pad
     if model in PRESETS:
         if ids is not None:
-            config.pad_token_id, config.eos_token_id, config.bos_token_id = ids.pad, ids.eos, ids.bos
+            config.pad_token_id, config.eos_token_id, config.bos_token_id = ids.pad, _listed(ids.eos), ids.bos
         built = auto.from_config(  # type: ignore[no-untyped-call]
             config, dtype=torch.float32, attn_implementation=workload.attention
         )
     else:
-        built = auto.from_pretrained(
-            model,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation=workload.attention,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        built = _load_weights(auto, workload, config)
     if ids is not None:
         built.generation_config.update(
             pad_token_id=ids.pad,
-            eos_token_id=ids.eos,
+            eos_token_id=_listed(ids.eos),
             bos_token_id=ids.bos,
             decoder_start_token_id=config.decoder_start_token_id if task == "seq2seq" else None,
         )
@@ -205,6 +198,35 @@ def build_for(workload: Workload, ids: TokenIds | None, device: torch.device) ->
         enable = getattr(built, "activation_checkpointing_enable", None) or built.gradient_checkpointing_enable
         enable()
     return built.to(device)
+
+
+def _load_weights(auto: Any, workload: Workload, config: Any) -> Any:
+    """Load a checkpoint whole; raises ConfigurationError for weights that are damaged, missing or of another shape."""
+    try:
+        built, report = auto.from_pretrained(
+            workload.model,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=workload.attention,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ConfigurationError(f"{workload.model}: its weights do not load: {str(error).splitlines()[0]}") from None
+    missing = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
+    if missing:
+        raise ConfigurationError(
+            f"{workload.model}: {len(missing)} weights are missing or of another shape, first {missing[0]}",
+            "they would be random: save the whole model with save_pretrained",
+        )
+    return built
+
+
+def _listed(ids: int | tuple[int, ...]) -> int | list[int]:
+    """Return ids as configurations take them."""
+    return list(ids) if isinstance(ids, tuple) else ids
 
 
 def save_model(model: Any, tokenizer_dir: Path, folder: Path) -> None:

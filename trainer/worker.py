@@ -44,9 +44,12 @@ class Events:
         os.dup2(2, 1)
 
     def send(self, event: str, **fields: Any) -> None:
-        """Write one event."""
-        self._pipe.write(json.dumps({"event": event} | fields) + "\n")
-        self._pipe.flush()
+        """Write one event; once nobody listens, to nowhere: a run whose supervisor is gone still has to be saved."""
+        try:
+            self._pipe.write(json.dumps({"event": event} | fields) + "\n")
+            self._pipe.flush()
+        except BrokenPipeError:
+            self._pipe = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 # for as long as we live
 
 
 def main() -> NoReturn:
