@@ -22,7 +22,7 @@ demo: .venv/ready
 	$(BIN)/chatlm train --auto --profile tiny
 
 test: .venv/ready
-	$(BIN)/coverage run -m pytest
+	$(BIN)/pytest --cov --cov-report=
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

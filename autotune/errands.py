@@ -108,10 +108,12 @@ class DryReport(Fact):
     """The answer to `Dry`: bytes by phase, seconds by step."""
 
     peak_bytes: int
+    """On CUDA what the allocator reserved, context included; the phases say what of it was allocated."""
     phases: dict[str, int]
     resident_bytes: int
     host_peak_bytes: int
     timings: tuple[Timing, ...]
+    evaluation_seconds: float
 
 
 class Recipe(Fact):

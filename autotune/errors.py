@@ -41,7 +41,13 @@ class MachineError(UserError):
     exit_code = 4
 
 
+class RunExistsError(UserError):
+    """The output folder already holds a run."""
+
+    exit_code = 5
+
+
 KINDS: dict[str, type[UserError]] = {
-    kind.__name__: kind for kind in (NothingFitsError, ConfigurationError, DataError, MachineError)
+    kind.__name__: kind for kind in (NothingFitsError, ConfigurationError, DataError, MachineError, RunExistsError)
 }
 """The types by name, for an error that crosses from the worker to the supervisor as JSON."""

@@ -48,18 +48,25 @@ def fit(trials: Iterable[Trial]) -> MemoryModel | None:
         return None
     last = completed[-1]
     if len(completed) == 1:
-        resident = last.resident_bytes or 0
-        lower, base = 0, dict.fromkeys(last.phases, resident)
+        lower, base = 0, dict.fromkeys(last.phases, last.resident_bytes or 0)
     else:
         apart = [t for t in completed[:-1] if t.micro_batch_size <= APART * last.micro_batch_size]
         other = apart[-1] if apart else completed[0]
-        lower, base = other.micro_batch_size, other.phases
+        lower, base = other.micro_batch_size, _phases(other)
     return MemoryModel(
         phases={
             name: _line_through(lower, base.get(name, 0), last.micro_batch_size, peak)
-            for name, peak in last.phases.items()
+            for name, peak in _phases(last).items()
         }
     )
+
+
+def _phases(trial: Trial) -> dict[str, int]:
+    """Return the phases, raised to what the allocator held beyond what was allocated in the highest of them."""
+    highest, held = max(trial.phases.values(), default=0), trial.peak_bytes or 0
+    if held <= highest or highest == 0:
+        return trial.phases
+    return {name: peak * held // highest for name, peak in trial.phases.items()}
 
 
 def _line_through(x0: int, y0: int, x1: int, y1: int) -> tuple[float, float]:

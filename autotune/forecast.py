@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from math import ceil
+from statistics import median
 
 from autotune.batching import balanced_cuts, largest_share
 from autotune.plan import Batching, Forecast, Speed, Trial, Workload
@@ -44,15 +45,19 @@ def measure_speed(trial: Trial, workload: Workload, batching: Batching) -> Speed
     if not timings:
         return None
     alpha, beta = _line([(t.padded_tokens, t.seconds) for t in timings])
+    update = median(t.update_seconds for t in timings)
     share = largest_share(batching.effective_batch_size, batching.world_size)
     cuts = balanced_cuts(share, batching.micro_batch_size)
-    seconds = len(cuts) * alpha + beta * workload.tokens_per_row * share
+    seconds = len(cuts) * alpha + beta * workload.tokens_per_row * share + update
     return Speed(
         tokens_per_second=batching.effective_batch_size * workload.tokens_per_row / seconds,
         samples_per_second=batching.effective_batch_size / seconds,
         seconds_per_step=seconds,
         alpha_seconds=alpha,
         beta_seconds_per_token=beta,
+        update_seconds=update,
+        evaluation_seconds_per_token=(trial.evaluation_seconds or 0.0)
+        / (trial.micro_batch_size * workload.tokens_per_row),
     )
 
 
@@ -79,12 +84,14 @@ def forecast(
     epochs: float,
     max_steps: int | None,
     lengths: Sequence[Histogram],
+    validation: Sequence[Histogram],
     batching: Batching,
     speed: Speed,
 ) -> Forecast:
     """Say what a run takes: steps of the last epoch smaller, not dropped, and rows padded to the longest beside them.
 
-    `lengths` are one histogram for a causal model, source and target for seq2seq, rounded as micro-batches are.
+    `lengths` are one histogram for a causal model, source and target for seq2seq, rounded as micro-batches are;
+    `validation` the same of the validation data, empty where there is none.
     """
     steps = ceil(samples / batching.effective_batch_size)
     total_steps = max(1, ceil(steps * epochs))
@@ -92,15 +99,27 @@ def forecast(
         total_steps = min(total_steps, max_steps)
     share = largest_share(min(samples, batching.effective_batch_size), batching.world_size)
     cuts = balanced_cuts(share, batching.micro_batch_size)
-    padded = [size * sum(expected_longest(histogram, size) for histogram in lengths) for size in cuts]
-    seconds_per_step = len(cuts) * speed.alpha_seconds + sum(padded) * speed.beta_seconds_per_token
-    seconds_per_epoch = seconds_per_step * samples / min(samples, batching.effective_batch_size)
+    padded = sum(size * _padded_tokens(lengths, size) for size in cuts)
+    micro_batches = len(cuts) * speed.alpha_seconds + padded * speed.beta_seconds_per_token
+    whole_steps = samples / min(samples, batching.effective_batch_size)
+    seconds_per_epoch = micro_batches * whole_steps + steps * speed.update_seconds
+    validation_seconds = 0.0
+    if validation:
+        rows = sum(count for _, count in validation[0])
+        validation_tokens = rows * _padded_tokens(validation, batching.micro_batch_size)
+        validation_seconds = validation_tokens * speed.evaluation_seconds_per_token
     return Forecast(
         rows=samples,
         epochs=epochs,
         steps_per_epoch=steps,
         total_steps=total_steps,
         seconds_per_epoch=seconds_per_epoch,
-        total_seconds=seconds_per_epoch * total_steps / steps,
-        padded_tokens_per_sample=sum(padded) / share,
+        validation_seconds=validation_seconds,
+        total_seconds=seconds_per_epoch * total_steps / steps + validation_seconds * ceil(total_steps / steps),
+        padded_tokens_per_sample=padded / share,
     )
+
+
+def _padded_tokens(lengths: Sequence[Histogram], rows: int) -> float:
+    """Return the tokens that a sample is expected to cost among so many rows, on all sides together."""
+    return sum(expected_longest(histogram, rows) for histogram in lengths)

@@ -18,7 +18,7 @@ def try_size(
     micro_batch_size: int,
     limit_bytes: int,
     predicted_peak_bytes: int | None = None,
-    time_limit_seconds: float = TIME_LIMIT_SECONDS,
+    time_limit_seconds: float | None = TIME_LIMIT_SECONDS,
 ) -> Trial:
     """Take the dry steps of one size, and say what happened.
 
@@ -34,7 +34,7 @@ def try_size(
             if event is None:
                 if hardware.device == "cpu" and (held := held_bytes(worker.process_id)) > limit_bytes:
                     outcome, message = "out_of_memory", f"held {held / GIB:.2f} GiB when it was stopped"
-                elif worker.seconds > time_limit_seconds:
+                elif time_limit_seconds is not None and worker.seconds > time_limit_seconds:
                     outcome, message = "timed_out", f"not done after {time_limit_seconds:.0f} s"
                 if outcome is not None:
                     worker.kill()
@@ -50,7 +50,21 @@ def try_size(
                     + worker.last_words()
                 )
             outcome, message = "killed", "signal 9, as an out-of-memory killer sends it"
-        return _trial(micro_batch_size, outcome or "completed", report, predicted_peak_bytes, worker.seconds, message)
+        known = report if outcome is None else None
+        return Trial(
+            micro_batch_size=micro_batch_size,
+            cpu_allocator=workload.cpu_allocator,
+            outcome=outcome or "completed",
+            peak_bytes=known.peak_bytes if known else None,
+            predicted_peak_bytes=predicted_peak_bytes,
+            phases=known.phases if known else {},
+            resident_bytes=known.resident_bytes if known else None,
+            host_peak_bytes=known.host_peak_bytes if known else None,
+            timings=known.timings if known else (),
+            evaluation_seconds=known.evaluation_seconds if known else None,
+            seconds=worker.seconds,
+            message=message,
+        )
 
 
 def _report(event: dict[str, object]) -> DryReport | None:
@@ -58,21 +72,3 @@ def _report(event: dict[str, object]) -> DryReport | None:
         return DryReport.model_validate(event["result"])
     except ValidationError:
         return None
-
-
-def _trial(
-    size: int, outcome: Outcome, report: DryReport | None, predicted: int | None, seconds: float, message: str
-) -> Trial:
-    known = report if outcome == "completed" else None
-    return Trial(
-        micro_batch_size=size,
-        outcome=outcome,
-        peak_bytes=known.peak_bytes if known else None,
-        predicted_peak_bytes=predicted,
-        phases=known.phases if known else {},
-        resident_bytes=known.resident_bytes if known else None,
-        host_peak_bytes=known.host_peak_bytes if known else None,
-        timings=known.timings if known else (),
-        seconds=seconds,
-        message=message,
-    )

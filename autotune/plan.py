@@ -115,13 +115,19 @@ class Memory(Fact):
 
 
 class Speed(Fact):
-    """Of the chosen micro-batch, at full length; seconds = alpha + beta x padded tokens for one micro-batch."""
+    """Of the chosen micro-batch, at full length; seconds of a step = update + its micro-batches' alpha + beta x tokens.
+
+    Tokens count padding.
+    """
 
     tokens_per_second: float
     samples_per_second: float
     seconds_per_step: float
     alpha_seconds: float
     beta_seconds_per_token: float
+    update_seconds: float
+    """Of the optimizer, once a step."""
+    evaluation_seconds_per_token: float
 
 
 class Forecast(Fact):
@@ -132,24 +138,31 @@ class Forecast(Fact):
     steps_per_epoch: int
     total_steps: int
     seconds_per_epoch: float
+    """Of its steps alone."""
+    validation_seconds: float
+    """Of one pass over the validation data, after each epoch; 0 without any."""
     total_seconds: float
     padded_tokens_per_sample: float
     """Mean tokens that a sample costs, padding included, under the plan's layout."""
 
 
 class Timing(Fact):
-    """How long a dry step took, by micro-batch."""
+    """How long a dry step took."""
 
     padded_tokens: int
     """Of one micro-batch."""
     seconds: float
-    """Of the step, divided by its micro-batches."""
+    """Of one micro-batch, forward and backward."""
+    update_seconds: float
+    """Of the optimizer."""
 
 
 class Trial(Fact):
     """One size tried, and what happened."""
 
     micro_batch_size: PositiveInt
+    cpu_allocator: CpuAllocator
+    """What was tried under one setting tells nothing of the other."""
     outcome: Outcome
     peak_bytes: int | None
     """None when the trial did not live to tell."""
@@ -161,6 +174,8 @@ class Trial(Fact):
     host_peak_bytes: int | None
     timings: tuple[Timing, ...]
     """Of its dry steps in their order; the first one warms up."""
+    evaluation_seconds: float | None
+    """Of one evaluation batch at full length."""
     seconds: float
     """Wall time of the trial, imports and model included."""
     message: str

@@ -10,8 +10,8 @@ from autotune.batching import balanced_size, largest_share, reach
 from autotune.errands import DataSummary, Recipe
 from autotune.errors import NothingFitsError
 from autotune.evidence import Evidence, fit
-from autotune.forecast import forecast, measure_speed, rounded, rows_per_second
-from autotune.measure import try_size
+from autotune.forecast import Histogram, forecast, measure_speed, rounded, rows_per_second
+from autotune.measure import TIME_LIMIT_SECONDS, try_size
 from autotune.plan import (
     SCHEMA,
     Batching,
@@ -31,7 +31,7 @@ GIB = 2**30
 MIB = 2**20
 HEADROOM_SHARE = 0.05
 LEAST_HEADROOM_BYTES = {"cuda": 256 * MIB, "cpu": 128 * MIB}
-"""On a processor the kernels that oneDNN keeps for shapes no dry step had: 120 MiB were seen over an epoch."""
+"""On a processor the kernels that oneDNN keeps for shapes no dry step had: 50 MiB were seen over an epoch."""
 FASTER = 1.25
 """A smaller micro-batch is taken when it was faster by this factor: single timings are noisy, and less is chance."""
 AMPLE = 1.5
@@ -40,8 +40,8 @@ PADDING_MULTIPLE = 8
 SHORTEST_SEQUENCE = 64
 
 Trials = Generator[Trial, None, None]
-Measure = Callable[[Workload, Hardware, int, int, int | None], Trial]
-"""Tries one size: rows, limit and predicted peak in bytes -> what happened. Recorded trials replay in its place."""
+Measure = Callable[[Workload, Hardware, int, int, int | None, float | None], Trial]
+"""Tries one size: rows, limit and predicted peak in bytes, most seconds -> what happened. Recorded trials replay it."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,13 @@ class Planner:
         request: Request,
         recipe: Recipe,
         data: DataSummary | None,
+        validation: DataSummary | None = None,
         measure: Measure = try_size,
     ) -> None:
         self._workload, self._hardware, self._request = workload, hardware, request
-        self._recipe, self._data, self._measure = recipe, data, measure
+        self._recipe, self._data, self._validation, self._measure = recipe, data, validation, measure
         self.budget = set_budget(hardware, request.memory_limit_bytes, request.headroom)
-        self._trials: list[Trial] = []
+        self._tried: list[Trial] = []
         self.plan: Plan | None = None
 
     @property
@@ -115,8 +116,13 @@ class Planner:
             workload=self._workload,
             hardware=self._hardware,
             budget_bytes=self.budget.budget_bytes,
-            trials=tuple(self._trials),
+            trials=tuple(self._tried),
         )
+
+    @property
+    def _trials(self) -> list[Trial]:
+        """Those under the allocator's setting that is in force: the other's tell nothing of it."""
+        return [trial for trial in self._tried if trial.cpu_allocator == self._workload.cpu_allocator]
 
     def make(self) -> Trials:
         """Yield each trial as it ends; raises NothingFitsError, with the nearest change that would fit."""
@@ -124,9 +130,9 @@ class Planner:
         if fixed is not None:
             yield from self._try(fixed)
             if self._workload.cpu_allocator == "fast" and not self._is_ample():
-                self._start_tight()
+                self._set_tight()
                 yield from self._try(fixed)
-            self._check_fixed(self._trials[-1])
+            self._check_fixed(self._tried[-1])
             self.plan = self._write(fixed, "user")
         else:
             yield from self._search()
@@ -146,8 +152,9 @@ class Planner:
     def _try(self, rows: int) -> Trials:
         model = fit(self._trials)
         predicted = model.peak_bytes(rows) if model else None
-        trial = self._measure(self._workload, self._hardware, rows, self.budget.limit_bytes, predicted)
-        self._trials.append(trial)
+        seconds = TIME_LIMIT_SECONDS if self._request.micro_batch_size is None else None
+        trial = self._measure(self._workload, self._hardware, rows, self.budget.limit_bytes, predicted, seconds)
+        self._tried.append(trial)
         yield trial
 
     def _search(self) -> Trials:
@@ -156,19 +163,18 @@ class Planner:
         while (size := next_size(self._trials, budget, self._share)) is not None:
             yield from self._try(size)
             if self._workload.cpu_allocator == "fast" and not self._is_ample():
-                self._start_tight()
+                self._set_tight()
 
-    def _start_tight(self) -> None:
-        """Forget what was measured at the fast setting: it tells nothing of the tight one."""
+    def _set_tight(self) -> None:
         self._workload = self._workload.model_copy(update={"cpu_allocator": "tight"})
-        self._trials.clear()
 
     def _is_ample(self) -> bool:
         """Whether a rank's whole share would leave room for what the fast setting holds beyond what is live."""
-        model = fit(self._trials)
-        if model is None or not self._trials[-1].completed:
+        trials = self._trials
+        model = fit(trials)
+        if model is None or not trials[-1].completed:
             return False
-        rows = self._share if len(self._trials) > 1 else self._trials[0].micro_batch_size
+        rows = self._share if len(trials) > 1 else trials[0].micro_batch_size
         return AMPLE * model.peak_bytes(rows) <= self.budget.budget_bytes
 
     def _choose(self) -> Generator[Trial, None, tuple[int, LimitedBy]]:
@@ -204,25 +210,28 @@ class Planner:
 
     def _explain_nothing_fits(self) -> Trials:
         """Try the changes that would fit, mildest first, and raise with the first that does."""
-        first = self._trials[0]
+        first = self._tried[-1]
         row = f"one row of {self._workload.tokens_per_row} tokens"
         needs = f"{row} needs {first.peak_bytes / GIB:.2f} GiB" if first.peak_bytes else f"{row} does not fit"
         budget = self.budget
+        if first.outcome == "timed_out":
+            raise NothingFitsError(f"{row} is too slow for this machine: {first.message}", "take a smaller model")
         message = (
             f"{needs}; the budget is {budget.budget_bytes / GIB:.2f} GiB ({budget.limit_bytes / GIB:.2f} GiB by "
             f"{budget.limit_from}, less {budget.headroom_bytes / GIB:.2f} GiB of headroom), and the weights, "
             f"gradients and optimizer state alone take {_state_bytes(self._workload) / GIB:.2f} GiB"
         )
         for change, workload in milder(self._workload):
-            trial = self._measure(workload, self._hardware, 1, budget.limit_bytes, None)
+            trial = self._measure(workload, self._hardware, 1, budget.limit_bytes, None, TIME_LIMIT_SECONDS)
             yield trial
             if is_safe(trial, budget.budget_bytes):
                 raise NothingFitsError(message, f"{change} would fit: {(trial.peak_bytes or 0) / GIB:.2f} GiB")
         raise NothingFitsError(message, "no shorter sequence would fit either: take a smaller model")
 
     def _write(self, rows: int, limited_by: LimitedBy) -> Plan:
-        trial = next(t for t in self._trials if t.micro_batch_size == rows)
+        trial = next(t for t in reversed(self._trials) if t.micro_batch_size == rows)
         effective = self._request.effective_batch_size
+        self._check_host(trial)
         batching = reach(
             effective if self._data is None else min(effective, self._data.samples),
             self._hardware.world_size,
@@ -239,7 +248,7 @@ class Planner:
             memory=self._account(trial),
             speed=speed,
             forecast=self._forecast(batching, speed),
-            evidence=summarise(self._trials),
+            evidence=summarise(self._tried),
         )
 
     def _account(self, trial: Trial) -> Memory:
@@ -263,13 +272,38 @@ class Planner:
     def _forecast(self, batching: Batching, speed: Speed | None) -> Forecast | None:
         if self._data is None or speed is None:
             return None
+        recipe, samples = self._recipe, self._data.samples
+        lengths, validation = self._lengths(self._data), self._lengths(self._validation)
+        return forecast(samples, recipe.epochs, recipe.max_steps, lengths, validation, batching, speed)
+
+    def _lengths(self, data: DataSummary | None) -> list[Histogram]:
+        """Return the lengths that rows of this data are padded to."""
         limits = (self._workload.max_seq_len, self._workload.max_target_len)
-        lengths = [
-            rounded(histogram, PADDING_MULTIPLE, limit)
-            for histogram, limit in zip(self._data.lengths, limits, strict=False)
-        ]
-        recipe = self._recipe
-        return forecast(self._data.samples, recipe.epochs, recipe.max_steps, lengths, batching, speed)
+        histograms = data.lengths if data else ()
+        return [rounded(h, PADDING_MULTIPLE, limit) for h, limit in zip(histograms, limits, strict=False)]
+
+    def _check_host(self, trial: Trial) -> None:
+        """Raise NothingFitsError where the card has room and the host has none: fewer rows would not change that."""
+        needed, budget = trial.host_peak_bytes or 0, _host_budget(self._hardware)
+        if self._hardware.device == "cuda" and needed > budget:
+            raise NothingFitsError(
+                f"training holds {needed / GIB:.2f} GiB of host memory, and the budget there is {budget / GIB:.2f} GiB "
+                f"({self._hardware.host_memory_available_bytes / GIB:.2f} GiB by "
+                f"{self._hardware.host_memory_limited_by}, less headroom)",
+                "close other programs",
+            )
+
+
+def check_room(plan: Plan, budget: Budget) -> None:
+    """Raise NothingFitsError where a plan that was made earlier, or elsewhere, needs more than there is now."""
+    peak = plan.memory.measured_peak_bytes or plan.memory.predicted_peak_bytes or 0
+    if peak > budget.budget_bytes:
+        raise NothingFitsError(
+            f"the plan holds {peak / GIB:.2f} GiB at its peak, the budget here and now is "
+            f"{budget.budget_bytes / GIB:.2f} GiB ({budget.limit_bytes / GIB:.2f} GiB by {budget.limit_from}, "
+            f"less {budget.headroom_bytes / GIB:.2f} GiB of headroom)",
+            "close other programs, or plan again with --auto: the effective batch stays the same",
+        )
 
 
 def milder(workload: Workload) -> list[tuple[str, Workload]]:

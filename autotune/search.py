@@ -39,7 +39,7 @@ def next_size(trials: Sequence[Trial], budget_bytes: int, largest: int) -> int |
     )
     if low == 0:
         return None if high <= 1 else 1
-    if high - 1 - low <= low // FINE:
+    if low >= high - 1:
         return None
     return _inside(trials, budget_bytes, low, high, has_failed=high <= largest)
 
@@ -48,10 +48,13 @@ def _inside(trials: Sequence[Trial], budget_bytes: int, low: int, high: int, *, 
     """Choose a size strictly between a safe one and one that is not, or None if the model rules all of them out."""
     model = fit(trials)
     assert model is not None  # low is a completed trial
+    if has_failed and high - 1 - low <= low // FINE:
+        return None
     if has_failed and model.peak_bytes(high) <= budget_bytes:
         return (low + high) // 2  # memory is not what the model says: halve the bracket
     predicted = max((r for r in range(low + 1, high) if model.peak_bytes(r) <= budget_bytes), default=low)
     if sum(t.completed for t in trials) == 1 and predicted < high - 1:
         half = (budget_bytes + model.peak_bytes(low)) // 2
         return max((r for r in range(low + 1, high) if model.peak_bytes(r) <= half), default=low + 1)
-    return predicted if predicted - low > low // FINE else None
+    takes_all = not has_failed and predicted == high - 1
+    return predicted if takes_all or predicted - low > low // FINE else None

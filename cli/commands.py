@@ -17,14 +17,16 @@ from autotune.errands import Preprocessed, Train
 from autotune.errors import NothingFitsError, UserError
 from autotune.hardware import read_hardware
 from autotune.plan import Hardware, Plan
-from autotune.planner import Planner
+from autotune.planner import Planner, check_room, set_budget
 from autotune.process import Worker, WorkerCrashedError, ask
 from cli.options import as_arguments
 from cli.progress import RunProgress
 from cli.render import (
     batch_line,
+    count,
     duration,
     gib,
+    number,
     out,
     print_config,
     print_json,
@@ -39,6 +41,7 @@ from cli.wiring import (
     make_recipe,
     make_request,
     make_workload,
+    memory_wishes,
     notes,
     preprocess_errand,
     read_plan,
@@ -124,6 +127,8 @@ def _planned(resolved: Resolved, plan_file: str) -> Job:
     plan = read_plan(plan_file)
     settings = settings_of_plan(plan, resolved)
     hardware = read_hardware(Path(settings.output_dir or "."))
+    limit, headroom = memory_wishes(settings)
+    check_room(plan, set_budget(hardware, limit, headroom))
     facts = _preprocess(settings, hardware, demo=True)
     return Job(settings, facts, hardware, fit_plan(plan, facts), None)
 
@@ -135,9 +140,10 @@ def _decide(resolved: Resolved, *, search: bool, demo: bool) -> tuple[Preprocess
     request = make_request(resolved, hardware.world_size, search=search)
     facts = _preprocess(settings, hardware, demo=demo)
     workload = make_workload(settings, facts, hardware)
-    planner = Planner(workload, hardware, request, make_recipe(settings, workload.stage), facts.data)
+    recipe = make_recipe(settings, workload.stage)
+    planner = Planner(workload, hardware, request, recipe, facts.data, facts.validation)
     for trial in planner.make():
-        say(trial_line(trial))
+        say(trial_line(trial, hardware.device))
     return facts, planner
 
 
@@ -145,7 +151,7 @@ def _preprocess(settings: Settings, hardware: Hardware, *, demo: bool) -> Prepro
     answer: dict[str, Any] = {}
     for event in ask(preprocess_errand(settings, demo=demo), hardware.cores):
         if event["event"] == "progress":
-            say(f"{event['doing']}: {event['rows']:,} rows")
+            say(f"{event['doing']}: {count(event['rows'], 'row')}")
         elif event["event"] == "result":
             answer = event["result"]
     facts = Preprocessed.model_validate(answer)
@@ -224,13 +230,15 @@ def _unexpected_end(worker: Worker, plan: Plan, progress: RunProgress) -> Except
 
 
 def _summarise(progress: RunProgress, plan: Plan) -> None:
+    if progress.skipped:
+        warn(f"{count(progress.skipped, 'step')} had a gradient that is not finite, and changed no weight")
     if not progress.steps:
         out.print("no step was finished; nothing was trained")
         return
     validation = f", validation {progress.validation_loss:.4f}" if progress.validation_loss is not None else ""
+    losses = f"{number(progress.first_loss, '.4f')} -> {number(progress.last_loss, '.4f')}"
     out.print(
-        f"{progress.ended} after {progress.steps} steps in {duration(progress.seconds)}: loss "
-        f"{progress.first_loss:.4f} -> {progress.last_loss:.4f}{validation}; "
+        f"{progress.ended} after {progress.steps} steps in {duration(progress.seconds)}: loss {losses}{validation}; "
         f"{progress.tokens / max(progress.seconds, 1e-9):,.0f} tokens/s; "
         f"peak {gib(progress.peak_bytes)} (plan {gib(plan.memory.measured_peak_bytes)})"
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from cli.render import duration, err, gib, say
+from cli.render import duration, err, gib, number, say
 
 Metrics = dict[str, Any]
 QUIET_SECONDS = 30.0
@@ -18,10 +18,11 @@ class RunProgress:
     """Shows the rows of a run as they come, and remembers the few that its summary needs."""
 
     def __init__(self) -> None:
-        self.first_loss = self.last_loss = float("nan")
+        self.first_loss: float | None = None
+        self.last_loss: float | None = None
         self.validation_loss: float | None = None
         self.peak_bytes = 0
-        self.steps = self.tokens = 0
+        self.steps = self.tokens = self.skipped = 0
         self.seconds = 0.0
         self.ended = ""
         self.model = ""
@@ -55,11 +56,16 @@ class RunProgress:
             self._show_step(row)
         elif row["kind"] == "validation":
             self.validation_loss = row["loss"]
-            self._print(f"step {row['step']}: validation loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}")
+            self._print(
+                f"step {row['step']}: validation loss {number(row['loss'], '.4f')}, "
+                f"perplexity {number(row['perplexity'], '.2f')}"
+            )
         elif row["event"] == "started":
             self._total = row["total_steps"]
             if self._bar is not None:
                 self._task = self._bar.add_task("", total=self._total)
+        elif row["event"] == "skipped_step":
+            self.skipped += 1
         else:
             self.ended, self.model = row["event"], row.get("model", "")
 
@@ -72,7 +78,7 @@ class RunProgress:
         self.peak_bytes = max(self.peak_bytes, row["peak_memory_bytes"])
         left = (self._total - self.steps) * self.seconds / self.steps
         text = (
-            f"loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
+            f"loss {number(row['loss'], '.4f')}  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
             f"peak {gib(self.peak_bytes)}  ETA {duration(left)}"
         )
         if self._bar is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.table import Table
 from autotune.errands import DataSummary, Preprocessed
 from autotune.evidence import fit
 from autotune.forecast import rows_per_second
-from autotune.plan import Batching, Plan, Trial
+from autotune.plan import Batching, Device, Plan, Trial
 from cli.wiring import balanced_note, percentile
 from profiles import Resolved
 
@@ -50,6 +51,16 @@ def gib(size: int | None) -> str:
     return "-" if size is None else f"{size / GIB:.2f} GiB"
 
 
+def number(value: float | None, how: str) -> str:
+    """Render a number that need not be one: a loss may overflow."""
+    return "not finite" if value is None else format(value, how)
+
+
+def count(number: int, noun: str) -> str:
+    """Render a number of things: 1 row, 3,000 rows."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def duration(seconds: float) -> str:
     """Render a time as people say it: 42 s, 3 min, 2 h 10 min, 4 d 3 h."""
     if seconds < 90:
@@ -61,9 +72,9 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-def trial_line(trial: Trial) -> str:
+def trial_line(trial: Trial, device: Device) -> str:
     """Say in a line what a dry trial came to."""
-    rows = f"{trial.micro_batch_size} row" + "s" * (trial.micro_batch_size > 1)
+    rows = count(trial.micro_batch_size, "row") + f" (malloc {trial.cpu_allocator})" * (device == "cpu")
     if trial.completed:
         return f"dry steps of {rows}: peak {gib(trial.peak_bytes)}, {trial.seconds:.1f} s in all"
     return f"dry steps of {rows}: {trial.outcome.replace('_', ' ')} ({trial.message}), {trial.seconds:.1f} s in all"
@@ -88,8 +99,8 @@ def batch_line(batching: Batching) -> str:
     """Say the batch as a product, and that it is exact."""
     note = balanced_note(batching)
     return (
-        f"{batching.micro_batch_size} rows x {batching.gradient_accumulation_steps} accumulation "
-        f"x {batching.world_size} rank{'s' * (batching.world_size > 1)} "
+        f"{count(batching.micro_batch_size, 'row')} x {batching.gradient_accumulation_steps} accumulation "
+        f"x {count(batching.world_size, 'rank')} "
         f"= effective batch {batching.effective_batch_size}, exactly" + (f" ({note})" if note else "")
     )
 
@@ -163,7 +174,7 @@ def why_not_larger(plan: Plan) -> str:
     if batching.limited_by == "speed":
         return f"{safe} rows are safe, but {rows} were measured to be faster; --prefer largest takes {safe}"
     reason = f"{safe} rows are the largest safe micro-batch, " + _next_size_up(
-        plan.evidence.trials, safe, memory.budget_bytes
+        _in_force(plan), safe, memory.budget_bytes
     )
     if rows < safe:
         reason += f"; {batching.gradient_accumulation_steps} equal micro-batches of {rows} reach the step"
@@ -171,9 +182,11 @@ def why_not_larger(plan: Plan) -> str:
 
 
 def _next_size_up(trials: Sequence[Trial], safe: int, budget: int) -> str:
-    larger = sorted((t for t in trials if t.micro_batch_size > safe), key=lambda t: t.micro_batch_size)
+    larger = sorted((t for t in trials if t.micro_batch_size > safe), key=attrgetter("micro_batch_size"))
     if larger and larger[0].completed:
         return f"{larger[0].micro_batch_size} were measured at {gib(larger[0].peak_bytes)}"
+    if larger and larger[0].outcome == "timed_out":
+        return f"{larger[0].micro_batch_size} took too long ({larger[0].message})"
     if larger:
         return f"{larger[0].micro_batch_size} did not fit ({larger[0].message})"
     model = fit(trials)
@@ -184,11 +197,16 @@ def _next_size_up(trials: Sequence[Trial], safe: int, budget: int) -> str:
     return "give or take a tenth, which is not worth another trial"
 
 
+def _in_force(plan: Plan) -> list[Trial]:
+    """Return the trials that the choice rests on: those under the allocator's setting that was chosen."""
+    return [t for t in plan.evidence.trials if t.cpu_allocator == plan.workload.cpu_allocator]
+
+
 def _trials_table(plan: Plan) -> Table:
     table = Table(title="What was measured", title_justify="left", title_style="bold")
     for name in ("rows", "outcome", "peak", "of budget", "predicted", "rows/s"):
         table.add_column(name, justify="left" if name == "outcome" else "right")
-    for trial in sorted(plan.evidence.trials, key=lambda t: t.micro_batch_size):
+    for trial in sorted(_in_force(plan), key=attrgetter("micro_batch_size")):
         share = f"{trial.peak_bytes / plan.memory.budget_bytes:.0%}" if trial.peak_bytes else "-"
         mark = " <- chosen" if trial.micro_batch_size == plan.batching.micro_batch_size else ""
         speed = rows_per_second(trial)

@@ -8,20 +8,15 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from autotune.batching import balanced_cuts, largest_share
 from autotune.errands import DataSummary, ModelSummary, Preprocess, Preprocessed, Recipe
-from autotune.errors import ConfigurationError, MachineError, UserError
+from autotune.errors import ConfigurationError, MachineError, RunExistsError
 from autotune.plan import Batching, Hardware, Plan, Precision, Workload
 from autotune.planner import PADDING_MULTIPLE, Request
 from profiles import Resolved, Settings, parse_bytes, parse_headroom
 
 LEARNING_RATES = {"pretrain": 5e-4, "sft": 1e-4}
 MIB = 2**20
-
-
-class RunExistsError(UserError):
-    """The output folder already holds a run."""
-
-    exit_code = 5
 
 
 def cache_dir() -> Path:
@@ -99,32 +94,55 @@ def _worst_case(limit: int, facts: Preprocessed, side: int) -> int:
 
 
 def make_request(resolved: Resolved, world_size: int, *, search: bool) -> Request:
-    """Say which batch is wanted. One that was typed is fixed; a profile's is, unless a search was asked for."""
-    settings = resolved.settings
+    """Say which batch is wanted: of rows, accumulation and effective batch, what was typed wins over a profile's.
+
+    Rows that were typed are fixed; a profile's are, unless a search was asked for. Raises ConfigurationError where all
+    that was typed does not go together.
+    """
+    settings, typed = resolved.settings, resolved.given_by_hand
     rows, accumulation = settings.batch_size_per_gpu, settings.gradient_accumulation_steps
-    if rows is not None and search and not resolved.given_by_hand("batch_size_per_gpu"):
-        rows = None
     effective = settings.effective_batch_size
-    asked = resolved.origins["effective_batch_size"] != "default"
-    if rows is not None:
-        reached = rows * world_size * (accumulation or 1)
-        if accumulation is not None or reached > effective:
-            if asked and reached != effective:
+    if rows is not None and typed("batch_size_per_gpu"):
+        counted = accumulation if accumulation is not None and typed("gradient_accumulation_steps") else None
+        reached = rows * world_size * (counted or 1)
+        if counted is not None or reached > effective:
+            if typed("effective_batch_size") and reached != effective:
                 raise ConfigurationError(
-                    f"{rows} rows x {accumulation or 1} accumulation x {world_size} ranks are {reached} samples, "
+                    f"{rows} rows x {counted or 1} accumulation x {world_size} ranks are {reached} samples, "
                     f"not the effective batch of {effective}",
                     "leave one of the three out",
                 )
             effective = reached
-    elif accumulation is not None:
+    elif accumulation is not None and (rows is None or typed("gradient_accumulation_steps")):
         rows = ceil(effective / (world_size * accumulation))
+        _check_accumulation(effective, world_size, accumulation, rows)
+    elif rows is not None:
+        rows = None if search else min(rows, largest_share(effective, world_size))
+    limit, headroom = memory_wishes(settings)
     return Request(
         effective_batch_size=effective,
         micro_batch_size=rows,
         prefer=settings.prefer,
-        memory_limit_bytes=parse_bytes(settings.memory_limit) if settings.memory_limit else None,
-        headroom=parse_headroom(settings.headroom) if settings.headroom else None,
+        memory_limit_bytes=limit,
+        headroom=headroom,
     )
+
+
+def memory_wishes(settings: Settings) -> tuple[int | None, float | None]:
+    """Return the memory limit in bytes, and the headroom in bytes or, below 1, as a share; None where not given."""
+    limit = parse_bytes(settings.memory_limit) if settings.memory_limit else None
+    return limit, parse_headroom(settings.headroom) if settings.headroom else None
+
+
+def _check_accumulation(effective: int, world_size: int, accumulation: int, rows: int) -> None:
+    """Raise ConfigurationError for a count of micro-batches that equal ones do not come to: 9 samples in 4 go 3 x 3."""
+    reached = len(balanced_cuts(largest_share(effective, world_size), rows))
+    if reached != accumulation:
+        raise ConfigurationError(
+            f"{effective} samples over {world_size} ranks do not go into {accumulation} equal micro-batches: "
+            f"{rows} rows each reach them in {reached}",
+            f"--gradient-accumulation-steps {reached} gives the same step, in fewer",
+        )
 
 
 def make_recipe(settings: Settings, stage: str) -> Recipe:
@@ -206,7 +224,13 @@ def fit_plan(plan: Plan, facts: Preprocessed) -> Plan:
         "tokenizer_fingerprint": facts.tokenizer_fingerprint,
         "data_fingerprint": data.fingerprint,
     }
-    return plan.model_copy(update={"workload": workload.model_copy(update=changed)})
+    same_data = data.fingerprint == workload.data_fingerprint
+    return plan.model_copy(
+        update={
+            "workload": workload.model_copy(update=changed),
+            "forecast": plan.forecast if same_data else None,
+        }
+    )
 
 
 def run_folder(settings: Settings) -> Path:
@@ -239,14 +263,40 @@ def write_run(folder: Path, resolved: Resolved, settings: Settings, plan: Plan, 
     import json
 
     lines = [
-        f"{name} = {json.dumps(value, ensure_ascii=False)}  # {resolved.origins[name]}"
-        for name, value in vars(settings).items()
+        f"{name} = {json.dumps(value, ensure_ascii=False)}  # {origin}"
+        for name, (value, origin) in _decided(resolved, settings, plan, folder).items()
         if value is not None
     ]
     (folder / "config.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
     if evidence is not None:
         (folder / "evidence.json").write_text(evidence + "\n", encoding="utf-8")
+
+
+def _decided(resolved: Resolved, settings: Settings, plan: Plan, folder: Path) -> dict[str, tuple[Any, str]]:
+    """Return every setting with its value in force and its origin: what was left to us says by what it was decided."""
+    batching, workload = plan.batching, plan.workload
+    by_rule = {
+        "learning_rate": LEARNING_RATES[workload.stage],
+        "precision": workload.precision,
+        "stage": workload.stage,
+        "output_dir": str(folder),
+    }
+    by_plan = {
+        "batch_size_per_gpu": batching.micro_batch_size,
+        "effective_batch_size": batching.effective_batch_size,
+        "gradient_accumulation_steps": batching.gradient_accumulation_steps,
+    }
+    decided = {}
+    for name, value in vars(settings).items():
+        asked, origin = getattr(resolved.settings, name), resolved.origins[name]
+        if value in (None, "auto") and name in by_rule:
+            decided[name] = (by_rule[name], "rule")
+        elif (planned := by_plan.get(name, value)) != asked:
+            decided[name] = (planned, "plan")
+        else:
+            decided[name] = (value, origin)
+    return decided
 
 
 def balanced_note(batching: Batching) -> str:

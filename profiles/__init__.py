@@ -214,12 +214,12 @@ def _validated(values: Mapping[str, Any], origins: Mapping[str, str]) -> Setting
         raise ConfigurationError(f"{name} = {values[name]!r} ({origins[name]}): {error['msg'].lower()}") from None
     for name, least in AT_LEAST.items():
         value = getattr(settings, name)
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # so that nan is refused too
             raise ConfigurationError(f"{name} = {value} ({origins[name]}) must be at least {least:g}")
     for name in ("epochs", "learning_rate"):
         value = getattr(settings, name)
         if value is not None and not 0 < value < float("inf"):
             raise ConfigurationError(f"{name} = {value} ({origins[name]}) must be above 0")
-    if settings.dropout is not None and settings.dropout >= 1:
+    if settings.dropout is not None and not settings.dropout < 1:
         raise ConfigurationError(f"dropout = {settings.dropout} ({origins['dropout']}) must be below 1")
     return settings

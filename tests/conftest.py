@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
+# Two processes test at a time, on two cores perhaps: threads that wait for each other would take many times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
 # How long an example takes says nothing here: machines that test are shared.
 settings.register_profile("chatlm", deadline=None)
 settings.load_profile("chatlm")
@@ -48,6 +52,16 @@ def chatlm(tmp_path: Path, chatlm_environment: dict[str, str]) -> CommandRunner:
         )
 
     return run
+
+
+def metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The rows of one kind that a run wrote, as strict JSON."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [row for row in (json.loads(line, parse_constant=refuse) for line in lines) if row["kind"] == kind]
 
 
 def chatlm_path() -> str:

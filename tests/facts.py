@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from autotune.errands import Recipe
 from autotune.plan import (
     SCHEMA,
     Batching,
@@ -88,6 +89,7 @@ def completed(rows: int, phases: dict[str, int], **changes: Any) -> Trial:
     """A trial that ran to the end and held these bytes."""
     facts = {
         "micro_batch_size": rows,
+        "cpu_allocator": "tight",
         "outcome": "completed",
         "peak_bytes": max(phases.values()),
         "predicted_peak_bytes": None,
@@ -95,6 +97,7 @@ def completed(rows: int, phases: dict[str, int], **changes: Any) -> Trial:
         "resident_bytes": 0,
         "host_peak_bytes": None,
         "timings": (),
+        "evaluation_seconds": None,
         "seconds": 8.0,
         "message": "",
     }
@@ -113,10 +116,27 @@ def out_of_memory(rows: int, **changes: Any) -> Trial:
     return completed(rows, {"forward_backward": 0}).model_copy(update=facts | changes)
 
 
-def timed(rows: int, *timings: tuple[int, float], **changes: Any) -> Trial:
+def timed(rows: int, *timings: tuple[int, float], update_seconds: float = 0.0, **changes: Any) -> Trial:
     """A completed trial whose dry steps took these seconds a micro-batch, each after its padded tokens."""
-    steps = tuple(Timing(padded_tokens=tokens, seconds=seconds) for tokens, seconds in timings)
+    steps = tuple(
+        Timing(padded_tokens=tokens, seconds=seconds, update_seconds=update_seconds) for tokens, seconds in timings
+    )
     return completed(rows, {"forward_backward": GIB}, timings=steps, **changes)
+
+
+def recipe(**changes: Any) -> Recipe:
+    """One epoch of AdamW at 1e-3, with a warm-up and a cosine."""
+    facts = {
+        "epochs": 1,
+        "max_steps": None,
+        "learning_rate": 1e-3,
+        "schedule": "cosine",
+        "warmup": 0.03,
+        "weight_decay": 0.1,
+        "clip": 1.0,
+        "seed": 42,
+    }
+    return Recipe.model_validate(facts | changes)
 
 
 def batching(**changes: Any) -> Batching:
@@ -141,6 +161,8 @@ def speed(**changes: Any) -> Speed:
         "seconds_per_step": 0.5,
         "alpha_seconds": 0.004,
         "beta_seconds_per_token": 7.75e-6,
+        "update_seconds": 0.0,
+        "evaluation_seconds_per_token": 2.5e-6,
     }
     return Speed.model_validate(facts | changes)
 
@@ -174,6 +196,7 @@ def plan(**changes: Any) -> Plan:
             steps_per_epoch=100,
             total_steps=200,
             seconds_per_epoch=30.0,
+            validation_seconds=0.0,
             total_seconds=60.0,
             padded_tokens_per_sample=208.5,
         ),

@@ -115,6 +115,16 @@ def test_a_phase_that_the_smaller_size_did_not_report_is_taken_to_grow_from_noth
     assert model.peak_bytes(30) == 200
 
 
+def test_what_an_allocator_keeps_beyond_what_is_live_raises_all_phases_alike() -> None:
+    """On CUDA the phases tell what was allocated, and the peak what was reserved: the budget is held against that."""
+    small = completed(2, {"forward_backward": 400, "optimizer": 300}, peak_bytes=500)
+    large = completed(10, {"forward_backward": 1200, "optimizer": 300}, peak_bytes=1500)
+    model = fit([small, large])
+    assert model is not None
+    assert (model.peak_bytes(2), model.peak_bytes(10)) == (500, 1500)
+    assert model.peak_bytes(18) == 2500
+
+
 @given(data=st.data())
 def test_the_order_of_the_trials_does_not_matter(data: st.DataObject) -> None:
     chosen = data.draw(st.lists(st.tuples(sizes, st.integers(0, 10**9)), unique_by=lambda pair: pair[0], max_size=6))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,29 +11,15 @@ from typing import Any
 import facts
 import pytest
 import torch
+from facts import recipe
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune.batching import reach
-from autotune.errands import Preprocess, Recipe, Train
+from autotune.errands import Preprocess, Train
 from trainer.data import TokenStore, order
 from trainer.loop import learning_rate_at, steps_in, train
 from trainer.preprocess import preprocess
-
-RECIPE = Recipe(
-    epochs=1,
-    max_steps=None,
-    learning_rate=1e-3,
-    schedule="cosine",
-    warmup=0.03,
-    weight_decay=0.1,
-    clip=1.0,
-    seed=42,
-)
-
-
-def recipe(**changes: Any) -> Recipe:
-    return RECIPE.model_copy(update=changes)
 
 
 @given(
@@ -51,7 +39,7 @@ def test_the_rate_peaks_at_exactly_what_was_asked_and_is_never_above_or_zero(
 
 
 def test_the_cosine_ends_at_a_tenth() -> None:
-    assert learning_rate_at(99, 100, RECIPE) == pytest.approx(1e-4)
+    assert learning_rate_at(99, 100, recipe()) == pytest.approx(1e-4)
     assert learning_rate_at(99, 100, recipe(schedule="constant")) == 1e-3
 
 
@@ -107,7 +95,7 @@ def errand_of(tmp_path: Path, model: str = "tiny", **changes: Any) -> Train:
     batching = reach(16, 1, 5, 5, "memory")
     values: dict[str, Any] = {
         "plan": plan.model_copy(update={"workload": workload, "hardware": hardware, "batching": batching}),
-        "recipe": RECIPE,
+        "recipe": recipe(),
         "store": done.data.store,
         "validation_store": done.data.store,
         "tokenizer_dir": done.tokenizer_dir,
@@ -175,6 +163,31 @@ def test_a_wish_to_stop_ends_after_the_step_with_a_model(tmp_path: Path) -> None
     assert [row["step"] for row in rows if row["kind"] == "train"] == [1]
     assert rows[-1]["event"] == "stopped"
     assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
+def test_a_gradient_that_is_not_finite_is_an_event_and_changes_no_weight(tmp_path: Path) -> None:
+    rows = list(train(errand_of(tmp_path, recipe=recipe(learning_rate=1e30, warmup=0, epochs=2)), never))
+    norms = {row["step"]: row["gradient_norm"] for row in rows if row["kind"] == "train"}
+    skipped = [row["step"] for row in rows if row.get("event") == "skipped_step"]
+    assert math.isfinite(norms[1])
+    assert skipped == [step for step, norm in norms.items() if not math.isfinite(norm)]
+    assert skipped
+    losses = [row["loss"] for row in rows if row["kind"] == "validation"]
+    assert repr(losses[0]) == repr(losses[1]), "all steps between the two were skipped"
+
+
+def test_the_seconds_of_the_rows_come_to_those_of_the_loop(tmp_path: Path) -> None:
+    """What the caller does with a row is part of the step after it: writing metrics is not for nothing."""
+    began = time.perf_counter()
+    rows = []
+    for row in train(errand_of(tmp_path), never):
+        rows.append(row)
+        time.sleep(0.3)
+    whole = time.perf_counter() - began
+    timed = [row["seconds"] for row in rows if row["kind"] in ("train", "validation")]
+    assert len(timed) == 4
+    assert min(timed[1:]) > 0.3
+    assert sum(timed) < whole
 
 
 def test_epochs_differ_in_their_order() -> None:

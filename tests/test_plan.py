@@ -11,7 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from facts import GIB, MIB, batching, completed, hardware, out_of_memory, plan, processor, speed, timed, workload
+from facts import (
+    GIB,
+    MIB,
+    batching,
+    completed,
+    hardware,
+    out_of_memory,
+    plan,
+    processor,
+    recipe,
+    speed,
+    timed,
+    workload,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
@@ -60,7 +73,8 @@ trials = st.builds(
     Trial,
     peak_bytes=maybe_bytes,
     resident_bytes=maybe_bytes,
-    timings=st.lists(st.builds(Timing, seconds=finite), max_size=3).map(tuple),
+    evaluation_seconds=st.none() | finite,
+    timings=st.lists(st.builds(Timing, seconds=finite, update_seconds=finite), max_size=3).map(tuple),
     seconds=finite,
 )
 plans = st.builds(
@@ -73,7 +87,10 @@ plans = st.builds(
     speed=st.none() | st.builds(Speed, **dict.fromkeys(Speed.model_fields, finite)),
     forecast=st.none()
     | st.builds(
-        Forecast, epochs=finite, seconds_per_epoch=finite, total_seconds=finite, padded_tokens_per_sample=finite
+        Forecast,
+        **dict.fromkeys(
+            ("epochs", "seconds_per_epoch", "validation_seconds", "total_seconds", "padded_tokens_per_sample"), finite
+        ),
     ),
     evidence=st.builds(EvidenceSummary, trials=st.lists(trials, max_size=3).map(tuple), seconds=finite),
 )
@@ -170,6 +187,8 @@ def test_the_keys_are_those_that_others_read() -> None:
         "seconds_per_step",
         "alpha_seconds",
         "beta_seconds_per_token",
+        "update_seconds",
+        "evaluation_seconds_per_token",
     }
     assert keys["plan.forecast"] == {
         "rows",
@@ -177,6 +196,7 @@ def test_the_keys_are_those_that_others_read() -> None:
         "steps_per_epoch",
         "total_steps",
         "seconds_per_epoch",
+        "validation_seconds",
         "total_seconds",
         "padded_tokens_per_sample",
     }
@@ -297,16 +317,7 @@ PREPROCESS = Preprocess(
     limit=None,
     cache_dir="/cache",
 )
-RECIPE = Recipe(
-    epochs=0.5,
-    max_steps=None,
-    learning_rate=1e-4,
-    schedule="cosine",
-    warmup=0.03,
-    weight_decay=0.0,
-    clip=0.0,
-    seed=42,
-)
+RECIPE = recipe(epochs=0.5, weight_decay=0.0, clip=0.0)
 ERRANDS = [
     PREPROCESS,
     Dry(workload=workload(), device="cpu", micro_batch_size=4),
@@ -344,6 +355,7 @@ ANSWERS = [
         resident_bytes=MIB,
         host_peak_bytes=GIB,
         timings=timed(1, (512, 0.5)).timings,
+        evaluation_seconds=0.1,
     ),
 ]
 

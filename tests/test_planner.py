@@ -9,10 +9,11 @@ import facts
 import pytest
 from tiny_models import workload
 
-from autotune.errands import DataSummary, Recipe
+from autotune.errands import DataSummary
 from autotune.errors import NothingFitsError
+from autotune.measure import TIME_LIMIT_SECONDS
 from autotune.plan import Hardware, Plan, Timing, Trial, Workload
-from autotune.planner import Planner, Request
+from autotune.planner import Budget, Planner, Request, check_room
 
 MIB = 2**20
 GIB = 2**30
@@ -24,9 +25,6 @@ CARD = facts.hardware(
     host_memory_available_bytes=12 * GIB,
 )
 PROCESSOR = CARD.model_copy(update={"device": "cpu", "device_name": "a processor"})
-RECIPE = Recipe(
-    epochs=2, max_steps=None, learning_rate=1e-4, schedule="cosine", warmup=0.03, weight_decay=0.1, clip=1, seed=42
-)
 
 
 class Machine:
@@ -34,24 +32,34 @@ class Machine:
 
     def __init__(self, fixed: int, per_row: int, seconds_per_row: Callable[[int], float] = lambda rows: 0.01) -> None:
         self.fixed, self.per_row, self.seconds_per_row = fixed, per_row, seconds_per_row
+        self.host_bytes = GIB
         self.tried: list[tuple[str, int]] = []
+        self.time_limits: list[float | None] = []
 
-    def measure(self, work: Workload, hardware: Hardware, rows: int, limit: int, predicted: int | None) -> Trial:
+    def measure(
+        self, work: Workload, hardware: Hardware, rows: int, limit: int, predicted: int | None, seconds: float | None
+    ) -> Trial:
         self.tried.append((work.cpu_allocator, rows))
+        self.time_limits.append(seconds)
         checkpointed = 0.25 if work.gradient_checkpointing == "on" else 1.0
         grows = self.per_row * rows * checkpointed * work.max_seq_len / 32
         peak = round((self.fixed + grows) * (1.3 if work.cpu_allocator == "fast" else 1.0))
         fits = peak <= limit
-        tokens, seconds = rows * work.tokens_per_row, rows * self.seconds_per_row(rows)
+        tokens, took = rows * work.tokens_per_row, rows * self.seconds_per_row(rows)
         return Trial(
             micro_batch_size=rows,
+            cpu_allocator=work.cpu_allocator,
             outcome="completed" if fits else "out_of_memory",
             peak_bytes=peak if fits else None,
             predicted_peak_bytes=predicted,
             phases={"forward_backward": peak, "optimizer": self.fixed} if fits else {},
             resident_bytes=self.fixed if fits else None,
-            host_peak_bytes=GIB if fits else None,
-            timings=tuple(Timing(padded_tokens=round(tokens * s), seconds=seconds * s) for s in (1, 0.5, 0.75, 1, 1)),
+            host_peak_bytes=self.host_bytes if fits else None,
+            timings=tuple(
+                Timing(padded_tokens=round(tokens * s), seconds=took * s, update_seconds=0)
+                for s in (1, 0.5, 0.75, 1, 1)
+            ),
+            evaluation_seconds=took / 4,
             seconds=1.0,
             message="" if fits else "no more",
         )
@@ -68,8 +76,8 @@ def plan_on(machine: Machine, hardware: Hardware = CARD, **changes: Any) -> Plan
         "work": workload("llama", cpu_allocator="fast" if hardware.device == "cpu" else "tight"),
     }
     values |= changes
-    data, work = values.pop("data"), values.pop("work")
-    planner = Planner(work, hardware, Request(**values), RECIPE, data, machine.measure)
+    data, validation, work = values.pop("data"), values.pop("validation", None), values.pop("work")
+    planner = Planner(work, hardware, Request(**values), facts.recipe(epochs=2), data, validation, machine.measure)
     list(planner.make())
     assert planner.plan is not None
     return planner.plan
@@ -146,6 +154,48 @@ def test_a_size_the_user_fixed_is_measured_and_kept() -> None:
     assert plan.batching.gradient_accumulation_steps == 5
 
 
+def test_a_fixed_size_within_the_limit_and_over_the_budget_is_refused_too() -> None:
+    """It ran to the end, but on what the headroom keeps back."""
+    with pytest.raises(NothingFitsError, match=r"batch of 6 rows .* needs 6\.86 GiB, the budget is 6\.65 GiB"):
+        plan_on(Machine(GIB, GIB * 1000 // 1024), micro_batch_size=6)
+    plan_on(Machine(GIB, GIB * 1000 // 1024), micro_batch_size=6, headroom=100 * MIB)
+
+
+def test_a_search_has_a_time_limit_and_a_size_the_user_fixed_has_none() -> None:
+    searched, fixed = Machine(GIB, MIB), Machine(GIB, MIB)
+    plan_on(searched)
+    plan_on(fixed, micro_batch_size=7)
+    assert set(searched.time_limits) == {TIME_LIMIT_SECONDS}
+    assert fixed.time_limits == [None]
+
+
+def test_one_row_that_takes_too_long_is_not_told_as_lack_of_memory() -> None:
+    class Slow(Machine):
+        def measure(self, work: Workload, hardware: Hardware, rows: int, *rest: Any) -> Trial:
+            return facts.out_of_memory(rows, outcome="timed_out", message="not done after 600 s")
+
+    with pytest.raises(NothingFitsError, match="too slow for this machine: not done after 600 s"):
+        plan_on(Slow(GIB, MIB))
+
+
+def test_a_card_with_room_in_a_host_without_is_refused_with_the_hosts_numbers() -> None:
+    machine = Machine(GIB, MIB)
+    machine.host_bytes = 12 * GIB  # 11.4 remain of 12
+    with pytest.raises(NothingFitsError, match=r"12\.00 GiB of host memory.* 11\.40 GiB"):
+        plan_on(machine)
+    assert plan_on(machine, PROCESSOR).hardware.device == "cpu", "where there is one memory it is accounted once"
+
+
+def test_an_earlier_plan_is_held_against_what_is_free_now() -> None:
+    plan = plan_on(Machine(GIB, 240 * MIB))
+    assert plan.memory.measured_peak_bytes is not None
+    enough = Budget(plan.memory.measured_peak_bytes, "free device memory", 0)
+    check_room(plan, enough)
+    with pytest.raises(NothingFitsError, match="the budget here and now") as error:
+        check_room(plan, Budget(enough.limit_bytes, "--memory-limit", 1))
+    assert "--auto" in error.value.hint
+
+
 def test_a_fixed_size_that_does_not_fit_is_refused_with_the_numbers() -> None:
     with pytest.raises(NothingFitsError, match=r"batch of 64 rows .* 6\.65 GiB") as error:
         plan_on(Machine(GIB, GIB), micro_batch_size=64)
@@ -172,9 +222,11 @@ def test_on_a_processor_the_fast_allocator_is_for_ample_memory_and_the_tight_one
     assert plan_on(ample, PROCESSOR).workload.cpu_allocator == "fast"
     plan = plan_on(scarce, PROCESSOR)
     assert plan.workload.cpu_allocator == "tight"
-    assert {trial.micro_batch_size for trial in plan.evidence.trials} == {
-        rows for allocator, rows in scarce.tried if allocator == "tight"
-    }
+    assert [(trial.cpu_allocator, trial.micro_batch_size) for trial in plan.evidence.trials] == scarce.tried
+    assert plan.evidence.seconds == len(scarce.tried), "what was tried at the other setting took time too"
+    assert ("fast", 1) in scarce.tried
+    chosen = next(t for t in plan.evidence.trials if t.peak_bytes == plan.memory.measured_peak_bytes)
+    assert chosen.cpu_allocator == "tight"
 
 
 def test_no_size_is_tried_twice() -> None:
@@ -190,7 +242,7 @@ def test_recorded_trials_replay_to_the_same_plan() -> None:
     recorded = {trial.micro_batch_size: trial for trial in first.evidence.trials}
 
     class Recording(Machine):
-        def measure(self, work: Workload, hardware: Hardware, rows: int, limit: int, predicted: int | None) -> Trial:
+        def measure(self, work: Workload, hardware: Hardware, rows: int, *rest: Any) -> Trial:
             return recorded[rows]
 
     assert plan_on(Recording(0, 0)) == first
@@ -200,8 +252,8 @@ def test_an_erratic_size_below_the_largest_is_not_promised() -> None:
     """Memory need not be monotone: where the balanced size fails, the larger one that was measured stands."""
 
     class Erratic(Machine):
-        def measure(self, work: Workload, hardware: Hardware, rows: int, limit: int, predicted: int | None) -> Trial:
-            trial = super().measure(work, hardware, rows, limit, predicted)
+        def measure(self, work: Workload, hardware: Hardware, rows: int, limit: int, *rest: Any) -> Trial:
+            trial = super().measure(work, hardware, rows, limit, *rest)
             if rows == 20:
                 return trial.model_copy(update={"peak_bytes": limit})
             return trial
@@ -219,6 +271,16 @@ def test_the_forecast_follows_epochs_and_speed() -> None:
     # 32 tokens a row take 10 ms; rows are padded to the longest beside them, 24.
     assert plan.forecast.padded_tokens_per_sample == pytest.approx(24, rel=1e-3)
     assert plan.forecast.total_seconds == pytest.approx(2 * 3000 * 0.01 * 24 / 32, rel=0.01)
+
+
+def test_the_forecast_has_a_pass_over_the_validation_data_after_each_epoch() -> None:
+    without = plan_on(Machine(GIB, MIB), data=data_of(3000), effective_batch_size=64).forecast
+    plan = plan_on(Machine(GIB, MIB), data=data_of(3000), validation=data_of(400), effective_batch_size=64)
+    assert without is not None
+    assert plan.forecast is not None
+    # A row of 32 tokens takes 2.5 ms; rows of this data are padded to 24.
+    assert plan.forecast.validation_seconds == pytest.approx(400 * 0.0025 * 24 / 32, rel=0.01)
+    assert plan.forecast.total_seconds == pytest.approx(without.total_seconds + 2 * plan.forecast.validation_seconds)
 
 
 def test_host_memory_is_accounted_beside_the_cards() -> None:

@@ -12,7 +12,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from autotune.errands import Preprocess, Preprocessed
-from autotune.errors import ConfigurationError, DataError
+from autotune.errors import ConfigurationError, DataError, MachineError
 from trainer.data import TokenStore
 from trainer.encode import end_ids
 from trainer.preprocess import preprocess
@@ -345,3 +345,18 @@ def test_what_is_saved_is_the_tokenizer_as_it_was_used_and_nothing_that_lay_besi
     saved = Path(str(run(errand(tmp_path, data, tokenizer=str(bare))).tokenizer_dir))
     assert (saved / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE
     assert not (saved / "model.safetensors").exists()
+
+
+def test_a_model_with_too_few_positions_is_an_error_without_data_too(
+    tmp_path: Path, data: Path, checkpoint: Path
+) -> None:
+    asked = errand(tmp_path, data, model=str(checkpoint), max_seq_len=POSITIONS + 1)
+    with pytest.raises(ConfigurationError, match=f"positions for {POSITIONS}"):
+        run(asked.model_copy(update={"data": None}))
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_of_the_machine(tmp_path: Path, data: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(MachineError, match="the cache cannot be written: Not a directory") as caught:
+        run(errand(tmp_path, data).model_copy(update={"cache_dir": str(tmp_path / "file" / "cache")}))
+    assert "XDG_CACHE_HOME" in caught.value.hint

@@ -324,3 +324,9 @@ def test_every_row_of_the_real_files_is_read(real_data: Path) -> None:
     }
     for name, rows in counts.items():
         assert sum(1 for _ in read_records([real_data / name])) == rows, name
+
+
+def test_a_file_that_went_away_is_an_error_with_its_name(tmp_path: Path) -> None:
+    for name in ("gone.jsonl", "gone.parquet"):
+        with pytest.raises(DataError, match=rf"{name}: .*No such file"):
+            list(read_records([tmp_path / name]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -10,9 +12,9 @@ from autotune.errands import DRY_LENGTHS, DRY_MICRO_BATCHES, Dry, DryReport
 from autotune.plan import Timing
 from trainer.evaluate import total_loss
 from trainer.memory import PeakMeter
-from trainer.microbatch import MicroBatch, SpecialTokens, WorstCase, collate, target_count
+from trainer.microbatch import SpecialTokens, WorstCase, collate, target_count
 from trainer.model import build_for
-from trainer.step import TrainState, accumulate, start, update
+from trainer.step import accumulate, start, update
 
 LEARNING_RATE = 1e-4
 CLIP = 1.0
@@ -27,7 +29,7 @@ def take_dry_steps(errand: Dry) -> DryReport:
     meter = PeakMeter(device)
     torch.manual_seed(0)
     model = build_for(workload, None, device)
-    phases = {"start": meter.peak_bytes()}
+    account = Account(meter)
     # What is held while a micro-batch runs, whatever its size: gradients and two moments come to what there is now.
     resident = meter.held_bytes() + 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
     state = start(model, weight_decay=0.1, precision=workload.precision)
@@ -37,30 +39,47 @@ def take_dry_steps(errand: Dry) -> DryReport:
         samples = WorstCase(workload, share)
         batch = collate(ids, samples, workload, special)
         targets = DRY_MICRO_BATCHES * target_count(ids, samples)
-        began = time.perf_counter()
-        for name, peak in _step_by_phase(state, batch, targets, errand, meter).items():
-            phases[name] = max(phases.get(name, 0), peak)
-        seconds = (time.perf_counter() - began) / DRY_MICRO_BATCHES
-        timings.append(Timing(padded_tokens=batch.padded_tokens, seconds=seconds))
-    meter.reset()
-    total_loss(model, [batch], workload.precision, device).item()
-    phases["evaluation"] = meter.peak_bytes()
-    peak = max(phases.values())
+        # The step that `train_step` takes, its two phases apart; reading a result waits for the device.
+        with account.phase("forward_backward"):
+            accumulate(state, [batch] * DRY_MICRO_BATCHES, targets, workload.precision).item()
+        with account.phase("optimizer"):
+            update(state, workload.precision, LEARNING_RATE, CLIP).item()
+        timings.append(
+            Timing(
+                padded_tokens=batch.padded_tokens,
+                seconds=account.seconds["forward_backward"] / DRY_MICRO_BATCHES,
+                update_seconds=account.seconds["optimizer"],
+            )
+        )
+    with account.phase("evaluation"):
+        total_loss(model, [batch], workload.precision, device).item()
     return DryReport(
-        peak_bytes=peak,
-        phases=phases,
+        peak_bytes=account.peak_bytes,
+        phases=account.phases,
         resident_bytes=resident,
-        host_peak_bytes=meter.host_peak_bytes() if device.type == "cuda" else peak,
+        host_peak_bytes=account.host_peak_bytes,
         timings=tuple(timings),
+        evaluation_seconds=account.seconds["evaluation"],
     )
 
 
-def _step_by_phase(state: TrainState, batch: MicroBatch, targets: int, errand: Dry, meter: PeakMeter) -> dict[str, int]:
-    """Take the step that `train_step` takes, its two phases apart; reading the loss waits for the device."""
-    precision = errand.workload.precision
-    meter.reset()
-    accumulate(state, [batch] * DRY_MICRO_BATCHES, targets, precision).item()
-    forward_backward = meter.peak_bytes()
-    meter.reset()
-    update(state, precision, LEARNING_RATE, CLIP).item()
-    return {"forward_backward": forward_backward, "optimizer": meter.peak_bytes()}
+class Account:
+    """The highest peak of each phase over all steps, and the seconds that each took the last time."""
+
+    def __init__(self, meter: PeakMeter) -> None:
+        self._meter = meter
+        self.peak_bytes = meter.peak_bytes()
+        self.host_peak_bytes = meter.host_peak_bytes()
+        self.phases = {"start": meter.allocated_peak_bytes()}
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure what is done inside."""
+        self._meter.reset()
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - began
+        self.peak_bytes = max(self.peak_bytes, self._meter.peak_bytes())
+        self.host_peak_bytes = max(self.host_peak_bytes, self._meter.host_peak_bytes())
+        self.phases[name] = max(self.phases.get(name, 0), self._meter.allocated_peak_bytes())

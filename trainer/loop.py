@@ -47,8 +47,8 @@ def learning_rate_at(step: int, total_steps: int, recipe: Recipe) -> float:
 def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
     """Train a plan from the beginning to the end, or until `stop` says so; the model is saved either way.
 
-    Yields a `train` row for each step, a `validation` row for each epoch where there is validation data, and at last
-    an `event` row that says how it ended.
+    Yields a `train` row for each step, a `validation` row for each epoch where there is validation data, and `event`
+    rows: the start, steps whose gradient was not finite, and at last how it ended.
     """
     workload, recipe = errand.plan.workload, errand.recipe
     device = torch.device(errand.plan.hardware.device)
@@ -63,8 +63,14 @@ def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
     total_steps = steps_in(len(store), errand.plan.batching.effective_batch_size, recipe)
     yield {"kind": "event", "event": "started", "step": 0, "total_steps": total_steps, "samples": len(store)}
     ended = "finished"
+    began = time.perf_counter()
     for row in _steps(errand, state, store, total_steps, meter):
-        yield row
+        # Since the row before, so that the seconds of all rows come to those of the loop.
+        now = time.perf_counter()
+        yield _timed(row, now - began)
+        began = now
+        if row["kind"] == "train" and not math.isfinite(row["gradient_norm"]):
+            yield {"kind": "event", "event": "skipped_step", "step": state.step}
         if stop():
             ended = "stopped"
             break
@@ -102,7 +108,6 @@ def _one_step(
     meter: PeakMeter,
     epoch: int,
 ) -> Metrics:
-    began = time.perf_counter()
     plan, recipe = errand.plan, errand.recipe
     share = ids[: share_of(len(ids), plan.batching.world_size, 0)]
     special = special_tokens(state.model, errand)
@@ -113,8 +118,7 @@ def _one_step(
     loss, norm = train_step(state, batches, targets, plan.workload.precision, rate, recipe.clip)
     state.step += 1
     state.samples += len(ids)
-    tokens = sum(batch.tokens for batch in batches)
-    row = {
+    return {
         "kind": "train",
         "step": state.step,
         "epoch": epoch + 1,
@@ -122,17 +126,17 @@ def _one_step(
         "learning_rate": rate,
         "gradient_norm": norm.item(),
         "samples": len(ids),
-        "tokens": tokens,
+        "tokens": sum(batch.tokens for batch in batches),
         "target_tokens": targets,
         "padded_tokens": sum(batch.padded_tokens for batch in batches),
         "micro_batches": len(batches),
-    }
-    seconds = time.perf_counter() - began
-    return row | {
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
         "peak_memory_bytes": meter.peak_bytes(),
     }
+
+
+def _timed(row: Metrics, seconds: float) -> Metrics:
+    rates = {"tokens_per_second": row["tokens"] / seconds} if "tokens" in row else {}
+    return row | {"seconds": seconds} | rates
 
 
 def special_tokens(model: Any, errand: Train) -> SpecialTokens:
@@ -142,7 +146,6 @@ def special_tokens(model: Any, errand: Train) -> SpecialTokens:
 
 
 def _validate(errand: Train, state: TrainState, store: TokenStore) -> Metrics:
-    began = time.perf_counter()
     plan = errand.plan
     ids = range(len(store))
     special = special_tokens(state.model, errand)
@@ -155,7 +158,6 @@ def _validate(errand: Train, state: TrainState, store: TokenStore) -> Metrics:
         "loss": loss,
         "perplexity": perplexity(loss),
         "samples": len(store),
-        "seconds": time.perf_counter() - began,
     }
 
 

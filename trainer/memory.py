@@ -7,6 +7,7 @@ of resident memory, which also counts files, less the file pages there were when
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,7 @@ class PeakMeter:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._used_before = _device_used() if device.type == "cuda" else 0
+        self._context_peak_bytes = 0
         self._file_bytes = 0
         self.reset()
 
@@ -40,12 +42,17 @@ class PeakMeter:
             return self.host_peak_bytes()
         return int(torch.cuda.max_memory_reserved()) + self._context_bytes()
 
+    def allocated_peak_bytes(self) -> int:
+        """Return the peak of what was live: on CUDA less than `peak_bytes`, whose allocator keeps what was freed."""
+        if self._device.type != "cuda":
+            return self.host_peak_bytes()
+        return int(torch.cuda.max_memory_allocated()) + self._context_bytes()
+
     def host_peak_bytes(self) -> int:
         """Return the peak of anonymous and shared memory of this process."""
         status = _status()
-        if "VmHWM" not in status:
-            info = psutil.Process().memory_info()
-            return int(getattr(info, "peak_wset", info.rss))
+        if not {"VmHWM", "RssAnon", "RssShmem"} <= status.keys():
+            return _peak_resident_bytes()
         now = status["RssAnon"] + status["RssShmem"]
         return max(now, status["VmHWM"] - self._file_bytes)
 
@@ -54,13 +61,28 @@ class PeakMeter:
         if self._device.type == "cuda":
             return int(torch.cuda.memory_allocated()) + self._context_bytes()
         status = _status()
-        if "RssAnon" not in status:
+        if not {"RssAnon", "RssShmem"} <= status.keys():
             return int(psutil.Process().memory_info().rss)
         return status["RssAnon"] + status["RssShmem"]
 
     def _context_bytes(self) -> int:
-        """What our process takes on the device beyond the allocator: driver context, libraries' workspaces."""
-        return max(0, _device_used() - self._used_before - int(torch.cuda.memory_reserved()))
+        """What our process takes on the device beyond the allocator: driver context, libraries' workspaces.
+
+        A difference of readings of the whole device, so that other programs move it: the largest counts.
+        """
+        now = _device_used() - self._used_before - int(torch.cuda.memory_reserved())
+        self._context_peak_bytes = max(self._context_peak_bytes, now)
+        return self._context_peak_bytes
+
+
+def _peak_resident_bytes() -> int:
+    """Return the most that was ever resident, files included: macOS and Windows say no more."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _device_used() -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from autotune.errands import DataSummary, ModelSummary, Preprocess, Preprocessed, TokenIds
-from autotune.errors import ConfigurationError
+from autotune.errors import ConfigurationError, MachineError
 from autotune.plan import Stage
 from trainer.data import TokenStore, write_store
 from trainer.encode import Encoder, end_ids
@@ -70,6 +70,7 @@ def _check_length(errand: Preprocess, model: ModelSummary) -> None:
 def _without_data(errand: Preprocess) -> Preprocessed:
     size = len(load_tokenizer(errand.tokenizer)) if errand.tokenizer else None
     model = summarise(errand.model, size, errand.dropout)
+    _check_length(errand, model)
     return Preprocessed(
         model=model, tokenizer_dir=None, tokenizer_fingerprint=None, ids=None, data=None, validation=None
     )
@@ -162,8 +163,14 @@ def _store(
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
     """Give a hidden folder to write to, renamed to `folder` when all is written: one that exists is complete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise MachineError(
+            f"{folder.parent}: the cache cannot be written: {error.strerror}",
+            "set XDG_CACHE_HOME to a folder that can be",
+        ) from None
     try:
         yield partial
         try:

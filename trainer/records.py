@@ -108,21 +108,28 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
     """Read one object a line; blank lines are passed over; lines are counted from 1."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            place = f"{file}: line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not text.strip():
-                    continue
-                row = json.loads(text)
-            except UnicodeDecodeError as error:
-                raise DataError(f"{place}: not UTF-8 at byte {error.start + 1}") from None
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{place}: not JSON: {_first_line(error)}") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{place}: an object was expected, not {_kind(row)}")
-            yield place, row
+    for number, line in enumerate(_lines(file), 1):
+        place = f"{file}: line {number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if not text.strip():
+                continue
+            row = json.loads(text)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{place}: not UTF-8 at byte {error.start + 1}") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place}: not JSON: {_first_line(error)}") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{place}: an object was expected, not {_kind(row)}")
+        yield place, row
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    try:
+        with file.open("rb") as lines:
+            yield from lines
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def _shape_of(row: Row, place: str) -> Callable[[Row, str], Record]:

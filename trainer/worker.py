@@ -5,12 +5,14 @@ Started afresh for each errand, always with the same imports, so that what a dry
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import signal
 import sys
 import traceback
+from math import inf
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -90,7 +92,9 @@ def _train(errand: Train, events: Events) -> None:
     stopped = _Stop()
     with (Path(errand.output_dir) / "metrics.jsonl").open("w", encoding="utf-8") as file:
         for row in train(errand, stopped):
-            file.write(json.dumps(row) + "\n")
+            # JSON has no word for a loss that is not finite.
+            row = {name: None if value != value or value in (inf, -inf) else value for name, value in row.items()}
+            file.write(json.dumps(row, allow_nan=False) + "\n")
             file.flush()
             events.send("metrics", row=row)
 
@@ -100,8 +104,9 @@ class _Stop:
 
     def __init__(self) -> None:
         self._asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._ask)
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
         self._asked = True
@@ -127,7 +132,8 @@ def _tie_to_parent(errand: Errand) -> None:
     last_words = signal.SIGTERM if isinstance(errand, Train) else signal.SIGKILL
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(last_words))
     if isinstance(errand, Dry):
-        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+        with contextlib.suppress(OSError):  # some containers mount /proc read-only
+            Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 
 
 def _is_memory_error(error: BaseException) -> bool:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import CommandRunner, chatlm_path
+from conftest import CommandRunner, chatlm_path, metrics
 from test_command_line import DIALOGUES, write_rows
 
 SHORT = ("--max-seq-len", 64, "--effective-batch-size", 7)
@@ -40,11 +39,6 @@ def auto_run(tmp_path_factory: pytest.TempPathFactory, chatlm_environment: dict[
     assert f"model: {folder}/run/model" in done.stdout
     assert "RANDOM weights" in done.stderr
     return folder
-
-
-def metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["kind"] == kind]
 
 
 def losses(run: Path) -> list[str]:
@@ -134,25 +128,72 @@ def test_a_plan_for_shorter_rows_than_the_data_has_is_refused_unless_the_data_is
     assert "the plan has model tiny" in done.stderr
 
 
-def test_ctrl_c_leaves_a_model_that_loads(tmp_path: Path, dialogues: Path, chatlm_environment: dict[str, str]) -> None:
-    command = [chatlm_path(), "train", "--batch-size-per-gpu", "7", "--data", str(dialogues), "--max-seq-len", "64",
-               "--effective-batch-size", "7", "--epochs", "100000", "--output-dir", "run"]  # fmt: skip
+def started(tmp_path: Path, environment: dict[str, str], steps: int, *more: str) -> subprocess.Popen[str]:
+    """A training that has taken so many steps and goes on."""
+    command = [chatlm_path(), "train", "--data", str(tmp_path / "dialogues.jsonl"), *map(str, FIXED), *more,
+               "--output-dir", "run"]  # fmt: skip
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=chatlm_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     file = tmp_path / "run" / "metrics.jsonl"
-    end = time.monotonic() + 120
-    while not file.exists() or file.read_text().count('"train"') < 3:
-        assert time.monotonic() < end
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
+    _wait_until(lambda: (file.exists() and file.read_text().count('"train"') >= steps) or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
+    return process
+
+
+def _wait_until(holds: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def assert_loads(model: Path) -> None:
+    loads = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", loads, str(model)], check=True, capture_output=True)
+
+
+def test_ctrl_c_leaves_a_model_that_loads(tmp_path: Path, dialogues: Path, chatlm_environment: dict[str, str]) -> None:
+    process = started(tmp_path, chatlm_environment, 3, "--epochs", "100000")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "stopped after" in out
     assert metrics(tmp_path / "run", "event")[-1]["event"] == "stopped"
-    loads = "from transformers import AutoModelForCausalLM as A; A.from_pretrained('run/model')"
-    subprocess.run([sys.executable, "-c", loads], cwd=tmp_path, check=True, capture_output=True)
+    assert_loads(tmp_path / "run" / "model")
+
+
+def test_ctrl_c_while_the_model_is_saved_does_not_harm_it(
+    tmp_path: Path, dialogues: Path, chatlm_environment: dict[str, str]
+) -> None:
+    process = started(tmp_path, chatlm_environment, 4, "--epochs", "1")  # the last of its steps is done
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode in (0, 130), err
+    assert "model: run/model" in out
+    assert {p.name for p in (tmp_path / "run").iterdir() if "model" in p.name} == {"model"}
+    assert_loads(tmp_path / "run" / "model")
+
+
+def test_a_run_whose_supervisor_is_killed_saves_its_model(
+    tmp_path: Path, dialogues: Path, chatlm_environment: dict[str, str]
+) -> None:
+    process = started(tmp_path, chatlm_environment, 3, "--epochs", "100000")
+    process.kill()
+    process.communicate()
+    _wait_until(lambda: metrics(tmp_path / "run", "event")[-1]["event"] == "stopped")
+    assert_loads(tmp_path / "run" / "model")
+
+
+def test_a_number_that_is_none_is_told_and_written_as_json_has_it(
+    tmp_path: Path, dialogues: Path, chatlm: CommandRunner
+) -> None:
+    done = chatlm("train", "--data", dialogues, *FIXED, "--learning-rate", "1e30", "--warmup", 0, "--output-dir", "run")
+    assert done.returncode == 0, done.stderr
+    assert "had a gradient that is not finite, and changed no weight" in done.stderr
+    norms = [row["gradient_norm"] for row in metrics(tmp_path / "run")]
+    assert norms[0] is not None
+    assert norms[1:] == [None] * 3
 
 
 def test_documents_are_pretrained_on(tmp_path: Path, real_data: Path, chatlm: CommandRunner) -> None:
@@ -163,53 +204,3 @@ def test_documents_are_pretrained_on(tmp_path: Path, real_data: Path, chatlm: Co
     assert workload["stage"] == "pretrain"
     rows = metrics(tmp_path / "run")
     assert all(row["tokens"] - row["target_tokens"] == row["samples"] for row in rows)
-
-
-@pytest.fixture
-def memory_group() -> Any:
-    """A memory control group (version 1) of 1.5 GiB, where one may be made."""
-    folder = Path("/sys/fs/cgroup/memory") / f"chatlm-test-{os.getpid()}"
-    try:
-        folder.mkdir()
-        (folder / "memory.limit_in_bytes").write_text(str(3 * GIB // 2))
-    except OSError as error:
-        pytest.skip(f"no memory control group can be made here: {error}")
-    yield folder
-    end = time.monotonic() + 10
-    while True:
-        try:
-            folder.rmdir()
-            return
-        except OSError:
-            assert time.monotonic() < end, "processes were left in the group"
-            time.sleep(0.1)
-
-
-def test_inside_a_memory_control_group_it_plans_what_fits_and_is_not_killed(
-    memory_group: Path, tmp_path: Path, real_data: Path, chatlm_environment: dict[str, str]
-) -> None:
-    """64 rows of this data take over 2 GiB at this shape; the group has 1.5 GiB, half of which a neighbour holds."""
-    data = real_data / "chatlm_mini" / "my_train_dataset_3k.parquet"
-    command = [chatlm_path(), "train", "--auto", "--model", "tiny", "--data", str(data), "--max-seq-len", "256",
-               "--effective-batch-size", "64", "--prefer", "largest", "--limit", "400", "--max-steps", "2",
-               "--output-dir", "run"]  # fmt: skip
-    neighbour = [sys.executable, "-c", "held = bytearray(700 * 2**20); print(len(held), flush=True); input()"]
-    enter = ["bash", "-c", f'echo $$ > {memory_group}/cgroup.procs && exec "$@"', "bash"]
-    with subprocess.Popen([*enter, *neighbour], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        assert int(other.stdout.readline()) == 700 * 2**20
-        done = subprocess.run(
-            [*enter, *command], cwd=tmp_path, env=chatlm_environment, capture_output=True, text=True, timeout=500
-        )
-        other.communicate(b"\n")
-    assert done.returncode == 0, done.stderr
-    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
-    assert plan["batching"]["effective_batch_size"] == 64
-    assert plan["batching"]["micro_batch_size"] < 64
-    assert plan["batching"]["limited_by"] == "memory"
-    assert "control group" in plan["memory"]["limit_from"]
-    rows = metrics(tmp_path / "run")
-    assert [row["samples"] for row in rows] == [64] * 2
-    assert max(row["peak_memory_bytes"] for row in rows) <= plan["memory"]["budget_bytes"]
-    assert other.returncode == 0
-    assert "oom_kill 0" in (memory_group / "memory.oom_control").read_text()
