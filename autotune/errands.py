@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, TypeAdapter
 
-from autotune.plan import Device, Fact, Plan, Stage, Task, Timing, Workload
+from autotune.plan import Device, Fact, Plan, Shape, Stage, Task, Timed, Timing, Traced, Workload
 
 DRY_MICRO_BATCHES = 2
 """Micro-batches in a dry step: the second one meets resident gradients, as all but the first do in training."""
@@ -95,6 +95,22 @@ class Preprocessed(Fact):
     validation: DataSummary | None
 
 
+class Trace(Fact):
+    """Say what tensors the step holds at each of these sizes, without taking it."""
+
+    errand: Literal["trace"] = "trace"
+    workload: Workload
+    micro_batch_sizes: tuple[PositiveInt, ...]
+
+
+class TraceReport(Fact):
+    """The answer to `Trace`."""
+
+    process_bytes: int
+    """What a worker holds on the host before there is a model."""
+    traced: tuple[Traced, ...]
+
+
 class Dry(Fact):
     """Take dry steps of one size, and say what they held and how long they took."""
 
@@ -102,6 +118,8 @@ class Dry(Fact):
     workload: Workload
     device: Device
     micro_batch_size: PositiveInt
+    timed: tuple[Shape, ...]
+    """What to time beside: the first always, the others as long as it takes little."""
 
 
 class DryReport(Fact):
@@ -113,6 +131,7 @@ class DryReport(Fact):
     resident_bytes: int
     host_peak_bytes: int
     timings: tuple[Timing, ...]
+    timed: tuple[Timed, ...]
     evaluation_seconds: float
 
 
@@ -144,5 +163,5 @@ class Train(Fact):
     output_dir: str
 
 
-Errand = Annotated[Preprocess | Dry | Train, Field(discriminator="errand")]
+Errand = Annotated[Preprocess | Trace | Dry | Train, Field(discriminator="errand")]
 ERRAND: TypeAdapter[Errand] = TypeAdapter(Errand)

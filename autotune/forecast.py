@@ -8,7 +8,7 @@ from math import ceil
 from statistics import median
 
 from autotune.batching import balanced_cuts, largest_share
-from autotune.plan import Batching, Forecast, Speed, Trial, Workload
+from autotune.plan import Batching, Forecast, Shape, Speed, Timed, Trial, Workload
 
 Histogram = Sequence[tuple[int, int]]
 """Length in tokens and how many samples have it, rising by length."""
@@ -33,6 +33,40 @@ def expected_longest(histogram: Histogram, draws: int) -> float:
 def rounded(histogram: Histogram, multiple: int, limit: int) -> Histogram:
     """Round lengths up to what a micro-batch is padded to."""
     return [(min(ceil(length / multiple) * multiple, limit), count) for length, count in histogram]
+
+
+def expected_shape(
+    rows: int, lengths: Sequence[Histogram], target_tokens_per_sample: float, workload: Workload
+) -> Shape:
+    """Return the micro-batch of so many rows that this data is expected to give; the worst case without data."""
+    limits = (workload.max_seq_len, workload.max_target_len)
+    if not lengths:
+        every = workload.max_target_len or max(1, workload.max_seq_len - 1)
+        return Shape(rows=rows, seq_len=limits[0], target_len=limits[1], target_tokens=every)
+    sides = [min(limit, round(expected_longest(h, rows))) for h, limit in zip(lengths, limits, strict=False)]
+    return Shape(
+        rows=rows,
+        seq_len=max(2, sides[0]),
+        target_len=sides[1] if len(sides) > 1 else 0,
+        target_tokens=max(1, min(round(target_tokens_per_sample), sides[-1])),
+    )
+
+
+def faster_size(timed: Sequence[Timed], factor: float) -> int | None:
+    """Return the size that gave the most rows a second, if in each repeat it beat the first by this factor."""
+    if not timed:
+        return None
+    own, *others = timed
+
+    def rate(one: Timed) -> float:
+        return one.shape.rows / median(one.seconds)
+
+    def beats(one: Timed) -> bool:
+        pairs = zip(one.seconds, own.seconds, strict=True)
+        return all(one.shape.rows / a > factor * own.shape.rows / b for a, b in pairs)
+
+    best = max(filter(beats, others), key=rate, default=None)
+    return None if best is None else best.shape.rows
 
 
 def measure_speed(trial: Trial, workload: Workload, batching: Batching) -> Speed | None:
@@ -87,11 +121,13 @@ def forecast(
     validation: Sequence[Histogram],
     batching: Batching,
     speed: Speed,
+    timed: Timed | None,
 ) -> Forecast:
     """Say what a run takes: steps of the last epoch smaller, not dropped, and rows padded to the longest beside them.
 
     `lengths` are one histogram for a causal model, source and target for seq2seq, rounded as micro-batches are;
-    `validation` the same of the validation data, empty where there is none.
+    `validation` the same of the validation data, empty where there is none. `timed` is the micro-batch that is expected
+    of this data: seconds being linear in its tokens, those of the expected one are the expected ones.
     """
     steps = ceil(samples / batching.effective_batch_size)
     total_steps = max(1, ceil(steps * epochs))
@@ -100,7 +136,10 @@ def forecast(
     share = largest_share(min(samples, batching.effective_batch_size), batching.world_size)
     cuts = balanced_cuts(share, batching.micro_batch_size)
     padded = sum(size * _padded_tokens(lengths, size) for size in cuts)
-    micro_batches = len(cuts) * speed.alpha_seconds + padded * speed.beta_seconds_per_token
+    if timed is None:
+        micro_batches = len(cuts) * speed.alpha_seconds + padded * speed.beta_seconds_per_token
+    else:
+        micro_batches = median(timed.seconds) * share / timed.shape.rows
     whole_steps = samples / min(samples, batching.effective_batch_size)
     seconds_per_epoch = micro_batches * whole_steps + steps * speed.update_seconds
     validation_seconds = 0.0

@@ -1,15 +1,30 @@
-"""Dry steps in workers -> trials. One worker a size: on a processor a peak only rises, and a death costs nothing."""
+"""Traces and dry steps, by workers -> facts.
+
+One worker a size that is tried: on a processor a peak only rises, and a death costs nothing.
+"""
 
 from __future__ import annotations
 
 from pydantic import ValidationError
 
-from autotune.errands import Dry, DryReport
-from autotune.plan import Hardware, Outcome, Trial, Workload
-from autotune.process import Worker, WorkerCrashedError, held_bytes
+from autotune.errands import Dry, DryReport, Trace, TraceReport
+from autotune.plan import Hardware, Outcome, Shape, Trial, Workload
+from autotune.process import Worker, WorkerCrashedError, ask, held_bytes
 
 TIME_LIMIT_SECONDS = 600.0
 GIB = 2**30
+
+
+def trace_sizes(workload: Workload, hardware: Hardware, micro_batch_sizes: tuple[int, ...]) -> TraceReport | None:
+    """Trace the step at each of these sizes; None for a model that cannot be traced, which dry steps must then tell."""
+    report = None
+    try:
+        for event in ask(Trace(workload=workload, micro_batch_sizes=micro_batch_sizes), hardware.cores):
+            if event["event"] == "result":
+                report = TraceReport.model_validate(event["result"])
+    except WorkerCrashedError:
+        return None
+    return report
 
 
 def try_size(
@@ -19,13 +34,14 @@ def try_size(
     limit_bytes: int,
     predicted_peak_bytes: int | None = None,
     time_limit_seconds: float | None = TIME_LIMIT_SECONDS,
+    timed: tuple[Shape, ...] = (),
 ) -> Trial:
     """Take the dry steps of one size, and say what happened.
 
     A worker that holds more than the limit on a processor is ended before the system's own killer has to. Death by
     signal 9 is the fact "does not fit". Raises WorkerCrashedError for any other death: that is a bug, not a size.
     """
-    errand = Dry(workload=workload, device=hardware.device, micro_batch_size=micro_batch_size)
+    errand = Dry(workload=workload, device=hardware.device, micro_batch_size=micro_batch_size, timed=timed)
     report: DryReport | None = None
     outcome: Outcome | None = None
     message = ""
@@ -61,6 +77,7 @@ def try_size(
             resident_bytes=known.resident_bytes if known else None,
             host_peak_bytes=known.host_peak_bytes if known else None,
             timings=known.timings if known else (),
+            timed=known.timed if known else (),
             evaluation_seconds=known.evaluation_seconds if known else None,
             seconds=worker.seconds,
             message=message,

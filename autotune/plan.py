@@ -157,6 +157,25 @@ class Timing(Fact):
     """Of the optimizer."""
 
 
+class Shape(Fact):
+    """A micro-batch as it is expected of the data: rows as long as the longest of them, with their target tokens."""
+
+    rows: PositiveInt
+    seq_len: PositiveInt
+    """Tokens of a row: of the sequence (causal) or of the source (seq2seq)."""
+    target_len: int
+    """Of its target row (seq2seq); 0 for a causal model."""
+    target_tokens: PositiveInt
+    """That a row is trained on."""
+
+
+class Timed(Fact):
+    """How long forward and backward of a shape took, in repeats that alternate with those of other shapes."""
+
+    shape: Shape
+    seconds: tuple[float, ...]
+
+
 class Trial(Fact):
     """One size tried, and what happened."""
 
@@ -174,6 +193,8 @@ class Trial(Fact):
     host_peak_bytes: int | None
     timings: tuple[Timing, ...]
     """Of its dry steps in their order; the first one warms up."""
+    timed: tuple[Timed, ...]
+    """Of its own size first, then of smaller ones."""
     evaluation_seconds: float | None
     """Of one evaluation batch at full length."""
     seconds: float
@@ -184,6 +205,17 @@ class Trial(Fact):
     def completed(self) -> bool:
         """Whether all of its steps ran to the end."""
         return self.outcome == "completed"
+
+
+class Traced(Fact):
+    """One size traced: bytes of tensors alone, without process, context and what an allocator adds."""
+
+    micro_batch_size: PositiveInt
+    phases: dict[str, int]
+    """Peak of each phase: forward_backward, optimizer, evaluation."""
+    items: dict[str, int]
+    """What the highest of them is made of: weights, gradients, optimizer_state, activations, logits_and_loss,
+    temporaries, inputs."""
 
 
 class EvidenceSummary(Fact):

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autotune.batching import balanced_size, largest_share, reach
-from autotune.errands import DataSummary, Recipe
+from autotune.errands import DataSummary, Recipe, TraceReport
 from autotune.errors import NothingFitsError
-from autotune.evidence import Evidence, fit
-from autotune.forecast import Histogram, forecast, measure_speed, rounded, rows_per_second
-from autotune.measure import TIME_LIMIT_SECONDS, try_size
+from autotune.evidence import Evidence, MemoryModel, fit, traced_items
+from autotune.forecast import Histogram, expected_shape, faster_size, forecast, measure_speed, rounded
+from autotune.measure import TIME_LIMIT_SECONDS, trace_sizes, try_size
 from autotune.plan import (
     SCHEMA,
     Batching,
@@ -21,27 +21,40 @@ from autotune.plan import (
     LimitedBy,
     Memory,
     Plan,
+    Shape,
     Speed,
+    Traced,
     Trial,
     Workload,
 )
-from autotune.search import is_safe, largest_safe, next_size
+from autotune.search import is_safe, largest_predicted, largest_safe, next_size, sizes_to_trace
 
 GIB = 2**30
 MIB = 2**20
 HEADROOM_SHARE = 0.05
+LIBRARIES_BYTES = 64 * MIB
+"""What the libraries take on a processor once steps run: kernels, threads' buffers; 46 to 87 MiB were seen."""
 LEAST_HEADROOM_BYTES = {"cuda": 256 * MIB, "cpu": 128 * MIB}
 """On a processor the kernels that oneDNN keeps for shapes no dry step had: 50 MiB were seen over an epoch."""
-FASTER = 1.25
-"""A smaller micro-batch is taken when it was faster by this factor: single timings are noisy, and less is chance."""
+FASTER = 1.05
+"""A smaller micro-batch is taken when it was faster by this factor in each of its repeats."""
+SMALLER_SIZES = 4
+"""How many smaller sizes are timed beside the one that would run, each half of the one before."""
 AMPLE = 1.5
-"""glibc's fast setting holds up to so much more than is live, and not the same at each run: it needs room for that."""
+AMPLE_BY_TRACE = 2.5
+"""glibc's fast setting holds up to so much more than it did in a trial, and than is live: it needs room for that."""
+CUDA_CONTEXT_BYTES = 500 * MIB
+"""Of a process on a card before it has a tensor: 226 MiB (L4) to 501 MiB (A100) were published; a trial then tells."""
 PADDING_MULTIPLE = 8
 SHORTEST_SEQUENCE = 64
 
 Trials = Generator[Trial, None, None]
-Measure = Callable[[Workload, Hardware, int, int, int | None, float | None], Trial]
-"""Tries one size: rows, limit and predicted peak in bytes, most seconds -> what happened. Recorded trials replay it."""
+TraceSizes = Callable[[Workload, Hardware, tuple[int, ...]], TraceReport | None]
+Measure = Callable[[Workload, Hardware, int, int, int | None, float | None, tuple[Shape, ...]], Trial]
+"""Tries one size: rows, limit and predicted peak in bytes, most seconds, what to time -> what happened.
+
+Recorded trials replay in its place.
+"""
 
 
 @dataclass(frozen=True)
@@ -102,11 +115,15 @@ class Planner:
         data: DataSummary | None,
         validation: DataSummary | None = None,
         measure: Measure = try_size,
+        trace: TraceSizes = trace_sizes,
     ) -> None:
         self._workload, self._hardware, self._request = workload, hardware, request
-        self._recipe, self._data, self._validation, self._measure = recipe, data, validation, measure
+        self._recipe, self._data, self._validation = recipe, data, validation
+        self._measure, self._trace = measure, trace
         self.budget = set_budget(hardware, request.memory_limit_bytes, request.headroom)
         self._tried: list[Trial] = []
+        self._traced: tuple[Traced, ...] = ()
+        self._process_bytes = 0
         self.plan: Plan | None = None
 
     @property
@@ -116,6 +133,8 @@ class Planner:
             workload=self._workload,
             hardware=self._hardware,
             budget_bytes=self.budget.budget_bytes,
+            process_bytes=self._process_bytes,
+            traced=self._traced,
             trials=tuple(self._tried),
         )
 
@@ -135,6 +154,7 @@ class Planner:
             self._check_fixed(self._tried[-1])
             self.plan = self._write(fixed, "user")
         else:
+            self._trace_step()
             yield from self._search()
             if largest_safe(self._trials, self.budget.budget_bytes) == 0:
                 yield from self._explain_nothing_fits()
@@ -149,33 +169,68 @@ class Planner:
             samples = min(samples, self._data.samples)
         return largest_share(samples, self._hardware.world_size)
 
+    def _trace_step(self) -> None:
+        report = self._trace(self._workload, self._hardware, sizes_to_trace(self._share))
+        if report is not None:
+            self._traced = report.traced
+            on_cpu = self._hardware.device == "cpu"
+            self._process_bytes = report.process_bytes + LIBRARIES_BYTES if on_cpu else CUDA_CONTEXT_BYTES
+
+    @property
+    def _model(self) -> MemoryModel | None:
+        return fit(self._trials, self._traced, self._process_bytes)
+
     def _try(self, rows: int) -> Trials:
-        model = fit(self._trials)
+        model = self._model
         predicted = model.peak_bytes(rows) if model else None
         seconds = TIME_LIMIT_SECONDS if self._request.micro_batch_size is None else None
-        trial = self._measure(self._workload, self._hardware, rows, self.budget.limit_bytes, predicted, seconds)
+        limit, shapes = self.budget.limit_bytes, self._shapes(rows)
+        trial = self._measure(self._workload, self._hardware, rows, limit, predicted, seconds, shapes)
         self._tried.append(trial)
         yield trial
 
+    def _shapes(self, rows: int) -> tuple[Shape, ...]:
+        """Return what to time beside a size: what data gives at it; and at smaller ones, if this is what would run."""
+        sizes = [rows]
+        if self._request.prefer == "auto" and self._request.micro_batch_size is None and rows == self._runs_at():
+            for _ in range(SMALLER_SIZES):
+                if sizes[-1] > 1:
+                    sizes.append(balanced_size(self._share, sizes[-1] // 2))
+        lengths = self._lengths(self._data)
+        targets = self._data.target_tokens / self._data.samples if self._data else 0.0
+        return tuple(expected_shape(size, lengths, targets, self._workload) for size in sizes)
+
+    def _runs_at(self) -> int:
+        """Return the size that a run would use by what is known so far, 0 if nothing is known."""
+        model, budget, share = self._model, self.budget.budget_bytes, self._share
+        largest = largest_safe(self._trials, budget)
+        fits = largest_predicted(model, budget, largest, share + 1) if model else largest
+        return balanced_size(share, fits) if fits else 0
+
     def _search(self) -> Trials:
         """Search at glibc's fast setting as long as memory is ample, else at the tight one."""
-        budget = self.budget.budget_bytes
-        while (size := next_size(self._trials, budget, self._share)) is not None:
-            yield from self._try(size)
+        while True:
             if self._workload.cpu_allocator == "fast" and not self._is_ample():
                 self._set_tight()
+            budget = self.budget.budget_bytes
+            size = next_size(self._trials, budget, self._share, self._traced, self._process_bytes)
+            if size is None:
+                return
+            yield from self._try(size)
 
     def _set_tight(self) -> None:
         self._workload = self._workload.model_copy(update={"cpu_allocator": "tight"})
 
     def _is_ample(self) -> bool:
         """Whether a rank's whole share would leave room for what the fast setting holds beyond what is live."""
-        trials = self._trials
-        model = fit(trials)
-        if model is None or not trials[-1].completed:
+        trials, model = self._trials, self._model
+        if model is None:
+            return not trials  # nothing is known yet
+        if trials and not trials[-1].completed:
             return False
-        rows = self._share if len(trials) > 1 else trials[0].micro_batch_size
-        return AMPLE * model.peak_bytes(rows) <= self.budget.budget_bytes
+        rows = self._share if self._traced or len(trials) > 1 else trials[0].micro_batch_size
+        room = AMPLE if trials else AMPLE_BY_TRACE
+        return room * model.peak_bytes(rows) <= self.budget.budget_bytes
 
     def _choose(self) -> Generator[Trial, None, tuple[int, LimitedBy]]:
         """Balance the micro-batches below the largest safe one; take a smaller size only where it is faster."""
@@ -190,11 +245,12 @@ class Planner:
         if rows == share:
             whole = largest_share(self._request.effective_batch_size, self._hardware.world_size)
             limited_by = "effective_batch" if share == whole else "data"
-        if self._request.prefer == "auto":
-            smaller = [t for t in self._trials if is_safe(t, budget) and t.micro_batch_size < rows]
-            fastest = max(smaller, key=rows_per_second, default=tried[rows])
-            if rows_per_second(fastest) > FASTER * rows_per_second(tried[rows]):
-                return fastest.micro_batch_size, "speed"
+        faster = faster_size(tried[rows].timed, FASTER) if self._request.prefer == "auto" else None
+        if faster is not None:
+            if faster not in tried:
+                yield from self._try(faster)
+            if is_safe(next(t for t in self._trials if t.micro_batch_size == faster), budget):
+                return faster, "speed"
         return rows, limited_by
 
     def _check_fixed(self, trial: Trial) -> None:
@@ -222,7 +278,7 @@ class Planner:
             f"gradients and optimizer state alone take {_state_bytes(self._workload) / GIB:.2f} GiB"
         )
         for change, workload in milder(self._workload):
-            trial = self._measure(workload, self._hardware, 1, budget.limit_bytes, None, TIME_LIMIT_SECONDS)
+            trial = self._measure(workload, self._hardware, 1, budget.limit_bytes, None, TIME_LIMIT_SECONDS, ())
             yield trial
             if is_safe(trial, budget.budget_bytes):
                 raise NothingFitsError(message, f"{change} would fit: {(trial.peak_bytes or 0) / GIB:.2f} GiB")
@@ -247,7 +303,7 @@ class Planner:
             batching=batching,
             memory=self._account(trial),
             speed=speed,
-            forecast=self._forecast(batching, speed),
+            forecast=self._forecast(batching, speed, trial),
             evidence=summarise(self._tried),
         )
 
@@ -264,17 +320,28 @@ class Planner:
             measured_peak_bytes=trial.peak_bytes,
             expected_peak_bytes=None,
             phases=trial.phases,
-            items=itemise(self._workload, trial.resident_bytes, trial.peak_bytes),
+            items=self._itemise(trial),
             host_budget_bytes=self.budget.budget_bytes if on_cpu else _host_budget(self._hardware),
             host_peak_bytes=trial.host_peak_bytes or 0,
         )
 
-    def _forecast(self, batching: Batching, speed: Speed | None) -> Forecast | None:
+    def _itemise(self, trial: Trial) -> dict[str, int]:
+        """Say what the peak is made of, by the trace where there is one; what is held beyond it is the process."""
+        assert trial.peak_bytes is not None
+        assert trial.resident_bytes is not None
+        if not self._traced:
+            return itemise(self._workload, trial.resident_bytes, trial.peak_bytes)
+        items = {name: round(size) for name, size in traced_items(self._traced, trial.micro_batch_size).items()}
+        process = min(self._process_bytes, max(0, trial.peak_bytes - sum(items.values())))
+        return items | {"process": process, "allocator": trial.peak_bytes - sum(items.values()) - process}
+
+    def _forecast(self, batching: Batching, speed: Speed | None, trial: Trial) -> Forecast | None:
         if self._data is None or speed is None:
             return None
         recipe, samples = self._recipe, self._data.samples
         lengths, validation = self._lengths(self._data), self._lengths(self._validation)
-        return forecast(samples, recipe.epochs, recipe.max_steps, lengths, validation, batching, speed)
+        timed = trial.timed[0] if trial.timed else None
+        return forecast(samples, recipe.epochs, recipe.max_steps, lengths, validation, batching, speed, timed)
 
     def _lengths(self, data: DataSummary | None) -> list[Histogram]:
         """Return the lengths that rows of this data are padded to."""

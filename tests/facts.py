@@ -15,6 +15,7 @@ from autotune.plan import (
     Plan,
     Speed,
     Timing,
+    Traced,
     Trial,
     Workload,
 )
@@ -97,6 +98,7 @@ def completed(rows: int, phases: dict[str, int], **changes: Any) -> Trial:
         "resident_bytes": 0,
         "host_peak_bytes": None,
         "timings": (),
+        "timed": (),
         "evaluation_seconds": None,
         "seconds": 8.0,
         "message": "",
@@ -122,6 +124,11 @@ def timed(rows: int, *timings: tuple[int, float], update_seconds: float = 0.0, *
         Timing(padded_tokens=tokens, seconds=seconds, update_seconds=update_seconds) for tokens, seconds in timings
     )
     return completed(rows, {"forward_backward": GIB}, timings=steps, **changes)
+
+
+def traced(rows: int, phases: dict[str, int]) -> Traced:
+    """A size whose tensors take these bytes, all of them activations."""
+    return Traced(micro_batch_size=rows, phases=phases, items={"activations": max(phases.values())})
 
 
 def recipe(**changes: Any) -> Recipe:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from facts import completed, hardware, out_of_memory, workload
+from facts import completed, hardware, out_of_memory, traced, workload
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotune.evidence import APART, Evidence, fit
+from autotune.evidence import APART, Evidence, fit, traced_items
 from autotune.plan import Trial
 
 Lines = dict[str, tuple[int, int]]
@@ -132,11 +132,56 @@ def test_the_order_of_the_trials_does_not_matter(data: st.DataObject) -> None:
     assert fit(data.draw(st.permutations(trials))) == fit(trials)
 
 
+# What the trace adds.
+
+
+@given(drawn=lines, rows=st.integers(1, 400), process=st.integers(0, 10**9))
+def test_before_any_trial_the_trace_and_the_process_are_the_prediction(drawn: Lines, rows: int, process: int) -> None:
+    traces = [traced(size, on(drawn, size).phases) for size in (64, 1, 8)]
+    model = fit([], traces, process)
+    assert model is not None
+    assert model.peak_bytes(rows) == pytest.approx(max(on(drawn, rows).phases.values()) + process, abs=2)
+
+
+@given(drawn=lines, size=st.integers(1, 100), rows=st.integers(1, 400), missed=st.integers(-(10**6), 10**9))
+def test_what_the_trace_missed_at_one_size_it_misses_at_all(drawn: Lines, size: int, rows: int, missed: int) -> None:
+    measured = {name: peak + missed for name, peak in on(drawn, size).phases.items()}
+    model = fit([completed(size, measured)], [traced(rows, on(drawn, rows).phases) for rows in (1, 8, 64)], 0)
+    assert model is not None
+    assert model.peak_bytes(rows) == pytest.approx(max(on(drawn, rows).phases.values()) + missed, abs=2)
+
+
+def test_where_the_trace_misses_more_at_more_rows_two_trials_tell() -> None:
+    traces = [traced(rows, {"forward_backward": 100 * rows}) for rows in (1, 4, 16)]
+    trials = [completed(rows, {"forward_backward": 130 * rows + 7}) for rows in (2, 8)]
+    model = fit(trials, traces, 0)
+    assert model is not None
+    assert model.peak_bytes(16) == 130 * 16 + 7
+
+
+def test_between_traced_sizes_the_line_is_never_below_a_maximum_of_lines() -> None:
+    def truth(rows: int) -> int:
+        return max(1000 + rows, 40 * rows, 90 * rows - 2000)
+
+    model = fit([], [traced(rows, {"forward_backward": truth(rows)}) for rows in (1, 4, 16, 64, 100)], 0)
+    assert model is not None
+    assert all(model.peak_bytes(rows) >= truth(rows) for rows in range(1, 101))
+
+
+def test_items_are_interpolated_and_come_to_the_peak() -> None:
+    traces = [traced(rows, {"forward_backward": 100 * rows}) for rows in (1, 5)]
+    assert traced_items(traces, 3) == {"activations": 300}
+    assert traced_items(traces[:1], 3) == {"activations": 100}
+    assert traced_items([], 3) == {}
+
+
 def test_saved_evidence_is_read_back_unchanged() -> None:
     evidence = Evidence(
         workload=workload(frozen=("encoder",)),
         hardware=hardware(),
         budget_bytes=10**10,
+        process_bytes=5,
+        traced=(traced(1, {"forward_backward": 9}),),
         trials=(completed(1, {"forward_backward": 10}, seconds=0.1), out_of_memory(2)),
     )
     assert Evidence.model_validate_json(evidence.model_dump_json()) == evidence

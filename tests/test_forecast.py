@@ -13,7 +13,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from autotune.errands import DRY_LENGTHS
-from autotune.forecast import Histogram, expected_longest, forecast, measure_speed, rounded, rows_per_second
+from autotune.forecast import (
+    Histogram,
+    expected_longest,
+    expected_shape,
+    faster_size,
+    forecast,
+    measure_speed,
+    rounded,
+    rows_per_second,
+)
+from autotune.plan import Shape, Timed
 
 histograms = st.dictionaries(st.integers(1, 600), st.integers(1, 50), min_size=1, max_size=5).map(
     lambda counts: sorted(counts.items())
@@ -188,7 +198,9 @@ def test_a_trial_that_was_not_timed_or_did_not_complete_has_no_rows_per_second()
 
 def test_3000_samples_at_64_take_47_steps_an_epoch() -> None:
     plan = batching(effective_batch_size=64, world_size=1, micro_batch_size=64, gradient_accumulation_steps=1)
-    result = forecast(3000, 3.0, None, [[(512, 3000)]], [], plan, speed(alpha_seconds=0.0, beta_seconds_per_token=1e-6))
+    result = forecast(
+        3000, 3.0, None, [[(512, 3000)]], [], plan, speed(alpha_seconds=0.0, beta_seconds_per_token=1e-6), None
+    )
     assert (result.rows, result.epochs) == (3000, 3.0)
     assert (result.steps_per_epoch, result.total_steps) == (47, 141)
     assert result.seconds_per_epoch == pytest.approx(3000 * 512 * 1e-6), "the last step is smaller, and takes less"
@@ -198,7 +210,7 @@ def test_3000_samples_at_64_take_47_steps_an_epoch() -> None:
 
 def test_each_rank_takes_its_share_of_the_seconds_and_each_micro_batch_its_alpha() -> None:
     result = forecast(
-        24_000, 1.0, None, [[(100, 1)]], [], batching(), speed(alpha_seconds=0.5, beta_seconds_per_token=1.0)
+        24_000, 1.0, None, [[(100, 1)]], [], batching(), speed(alpha_seconds=0.5, beta_seconds_per_token=1.0), None
     )
     assert result.seconds_per_epoch == pytest.approx(100 * 6 * 0.5 + 24_000 / 2 * 100)
 
@@ -206,7 +218,14 @@ def test_each_rank_takes_its_share_of_the_seconds_and_each_micro_batch_its_alpha
 def test_the_optimizer_takes_its_time_once_a_step_however_small_that_is() -> None:
     plan = batching(effective_batch_size=64, world_size=1)
     result = forecast(
-        65, 1.0, None, [[(8, 65)]], [], plan, speed(alpha_seconds=0.0, beta_seconds_per_token=0.0, update_seconds=3.0)
+        65,
+        1.0,
+        None,
+        [[(8, 65)]],
+        [],
+        plan,
+        speed(alpha_seconds=0.0, beta_seconds_per_token=0.0, update_seconds=3.0),
+        None,
     )
     assert result.total_seconds == pytest.approx(2 * 3.0)
     found = measure_speed(timed(64, (1, 9.0), (64, 0.1), (64, 0.1), update_seconds=3.0), workload(), plan)
@@ -217,10 +236,47 @@ def test_the_optimizer_takes_its_time_once_a_step_however_small_that_is() -> Non
     )
 
 
+@given(histogram=histograms, rows=st.integers(1, 64), targets=st.floats(0, 700))
+def test_the_expected_shape_is_one_that_the_plan_allows(histogram: Histogram, rows: int, targets: float) -> None:
+    pairs = workload(task="seq2seq", max_seq_len=600, max_target_len=64)
+    shape = expected_shape(rows, [histogram, [(64, 1)]], targets, pairs)
+    assert (shape.rows, shape.target_len) == (rows, 64)
+    assert histogram[0][0] - 1 <= shape.seq_len <= max(2, histogram[-1][0])
+    assert 1 <= shape.target_tokens <= 64
+
+
+def test_without_data_the_expected_shape_is_the_worst_case() -> None:
+    assert expected_shape(3, [], 0, workload(max_seq_len=512)) == Shape(
+        rows=3, seq_len=512, target_len=0, target_tokens=511
+    )
+    pairs = workload(task="seq2seq", max_seq_len=96, max_target_len=32)
+    assert expected_shape(3, [], 0, pairs) == Shape(rows=3, seq_len=96, target_len=32, target_tokens=32)
+
+
+def clocked(rows: int, *seconds: float) -> Timed:
+    return Timed(shape=Shape(rows=rows, seq_len=512, target_len=0, target_tokens=100), seconds=seconds)
+
+
+def test_a_smaller_size_is_faster_only_if_it_was_each_time() -> None:
+    own = clocked(16, 1.6, 1.7, 1.6)
+    assert faster_size([], 1.05) is None
+    assert faster_size([own], 1.05) is None
+    assert faster_size([own, clocked(8, 0.5, 0.5, 0.5), clocked(4, 0.2, 0.2, 0.2)], 1.05) == 4
+    assert faster_size([own, clocked(8, 0.5, 0.5, 0.83), clocked(4, 0.4, 0.4, 0.4)], 1.05) is None
+    assert faster_size([own, clocked(8, 0.77, 0.77, 0.77)], 1.05) is None, "by four per cent"
+
+
+def test_a_run_takes_what_the_expected_micro_batch_took() -> None:
+    plan = batching(effective_batch_size=64, world_size=1, micro_batch_size=16)
+    slow = speed(alpha_seconds=100.0, update_seconds=0.5)
+    result = forecast(640, 1.0, None, [[(8, 640)]], [], plan, slow, clocked(16, 9.0, 2.0, 1.0))
+    assert result.total_seconds == pytest.approx(10 * (4 * 2.0 + 0.5))
+
+
 def test_validation_comes_after_each_epoch_begun_and_costs_what_evaluating_its_tokens_does() -> None:
     plan = batching(effective_batch_size=64, world_size=1, micro_batch_size=8)
     quick = speed(evaluation_seconds_per_token=0.01)
-    result = forecast(640, 1.5, None, [[(8, 640)]], [[(16, 30)]], plan, quick)
+    result = forecast(640, 1.5, None, [[(8, 640)]], [[(16, 30)]], plan, quick, None)
     assert result.validation_seconds == pytest.approx(30 * 16 * 0.01)
     assert result.total_seconds == pytest.approx(1.5 * result.seconds_per_epoch + 2 * result.validation_seconds)
 
@@ -228,14 +284,14 @@ def test_validation_comes_after_each_epoch_begun_and_costs_what_evaluating_its_t
 def test_source_and_target_are_padded_each_to_its_own_longest() -> None:
     source, target = [(10, 1), (20, 1)], [(2, 1), (4, 1)]
     pairs = batching(effective_batch_size=2, world_size=1, micro_batch_size=2, gradient_accumulation_steps=1)
-    result = forecast(2, 1.0, None, [source, target], [], pairs, speed())
+    result = forecast(2, 1.0, None, [source, target], [], pairs, speed(), None)
     assert result.padded_tokens_per_sample == pytest.approx(17.5 + 3.5), "three pairs of four hold a long one"
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(0.001, 1), (0.5, 24), (1.0, 47), (1.5, 71)])
 def test_a_part_of_an_epoch_takes_the_steps_it_begins_and_never_none(epochs: float, steps: int) -> None:
     plan = batching(effective_batch_size=64, world_size=1)
-    result = forecast(3000, epochs, None, [[(512, 1)]], [], plan, speed())
+    result = forecast(3000, epochs, None, [[(512, 1)]], [], plan, speed(), None)
     assert result.total_steps == steps
     assert result.total_seconds == pytest.approx(result.seconds_per_epoch * steps / 47)
 
@@ -243,14 +299,14 @@ def test_a_part_of_an_epoch_takes_the_steps_it_begins_and_never_none(epochs: flo
 @pytest.mark.parametrize(("max_steps", "steps"), [(10, 10), (94, 94), (500, 94)])
 def test_max_steps_cut_a_run_and_never_lengthen_it(max_steps: int, steps: int) -> None:
     plan = batching(effective_batch_size=64, world_size=1)
-    result = forecast(3000, 2.0, max_steps, [[(512, 1)]], [], plan, speed())
+    result = forecast(3000, 2.0, max_steps, [[(512, 1)]], [], plan, speed(), None)
     assert result.total_steps == steps
     assert result.total_seconds == pytest.approx(result.seconds_per_epoch * steps / 47)
 
 
 def test_fewer_samples_than_a_step_takes_are_one_step_of_them_all() -> None:
     plan = batching(effective_batch_size=64, world_size=2, micro_batch_size=8, gradient_accumulation_steps=4)
-    result = forecast(5, 1.0, None, [[(10, 5)]], [], plan, speed(alpha_seconds=1.0, beta_seconds_per_token=1.0))
+    result = forecast(5, 1.0, None, [[(10, 5)]], [], plan, speed(alpha_seconds=1.0, beta_seconds_per_token=1.0), None)
     assert (result.steps_per_epoch, result.total_steps) == (1, 1)
     assert result.seconds_per_epoch == pytest.approx(1 + 3 * 10), "the first rank takes three in one micro-batch"
     assert result.padded_tokens_per_sample == pytest.approx(10)
@@ -270,7 +326,7 @@ def test_padding_lies_between_the_mean_and_the_longest_and_grows_with_the_micro_
         batching(effective_batch_size=effective, world_size=world_size, micro_batch_size=size) for size in (1, rows)
     ]
     single, several = (
-        forecast(samples, 1.0, None, [histogram], [], plan, speed()).padded_tokens_per_sample for plan in plans
+        forecast(samples, 1.0, None, [histogram], [], plan, speed(), None).padded_tokens_per_sample for plan in plans
     )
     assert single == pytest.approx(expected_longest(histogram, 1))
     assert single * (1 - SLACK) <= several <= histogram[-1][0] * (1 + SLACK)
@@ -279,7 +335,7 @@ def test_padding_lies_between_the_mean_and_the_longest_and_grows_with_the_micro_
 @given(samples=st.integers(1, 5000), effective=st.integers(1, 300), epochs=st.integers(1, 9))
 def test_whole_epochs_add_up(samples: int, effective: int, epochs: int) -> None:
     plan = batching(effective_batch_size=effective, world_size=1, micro_batch_size=effective)
-    result = forecast(samples, epochs, None, [[(8, 1)]], [], plan, speed())
+    result = forecast(samples, epochs, None, [[(8, 1)]], [], plan, speed(), None)
     assert result.steps_per_epoch == ceil(samples / effective)
     assert result.total_steps == epochs * result.steps_per_epoch
     assert result.total_seconds == pytest.approx(epochs * result.seconds_per_epoch)

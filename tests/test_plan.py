@@ -23,6 +23,7 @@ from facts import (
     recipe,
     speed,
     timed,
+    traced,
     workload,
 )
 from hypothesis import given
@@ -41,6 +42,8 @@ from autotune.errands import (
     Preprocessed,
     Recipe,
     TokenIds,
+    Trace,
+    TraceReport,
     Train,
 )
 from autotune.errors import (
@@ -58,7 +61,9 @@ from autotune.plan import (
     Forecast,
     Memory,
     Plan,
+    Shape,
     Speed,
+    Timed,
     Timing,
     Trial,
 )
@@ -73,6 +78,7 @@ trials = st.builds(
     Trial,
     peak_bytes=maybe_bytes,
     resident_bytes=maybe_bytes,
+    timed=st.lists(st.builds(Timed, seconds=st.lists(finite, max_size=2).map(tuple)), max_size=2).map(tuple),
     evaluation_seconds=st.none() | finite,
     timings=st.lists(st.builds(Timing, seconds=finite, update_seconds=finite), max_size=3).map(tuple),
     seconds=finite,
@@ -318,9 +324,11 @@ PREPROCESS = Preprocess(
     cache_dir="/cache",
 )
 RECIPE = recipe(epochs=0.5, weight_decay=0.0, clip=0.0)
+SHAPE = Shape(rows=4, seq_len=128, target_len=0, target_tokens=60)
 ERRANDS = [
     PREPROCESS,
-    Dry(workload=workload(), device="cpu", micro_batch_size=4),
+    Trace(workload=workload(), micro_batch_sizes=(1, 4)),
+    Dry(workload=workload(), device="cpu", micro_batch_size=4, timed=(SHAPE,)),
     Train(
         plan=plan(),
         recipe=RECIPE,
@@ -349,12 +357,14 @@ ANSWERS = [
         data=DATA,
         validation=None,
     ),
+    TraceReport(process_bytes=MIB, traced=(traced(1, {"forward_backward": GIB}),)),
     DryReport(
         peak_bytes=GIB,
         phases={"forward_backward": GIB},
         resident_bytes=MIB,
         host_peak_bytes=GIB,
         timings=timed(1, (512, 0.5)).timings,
+        timed=(Timed(shape=SHAPE, seconds=(0.1, 0.2)),),
         evaluation_seconds=0.1,
     ),
 ]
@@ -374,7 +384,7 @@ def test_an_answer_arrives_unchanged(answer: BaseModel) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ('{"errand": "sweep"}', "'preprocess', 'dry', 'train'"),
+        ('{"errand": "sweep"}', "'preprocess', 'trace', 'dry', 'train'"),
         ("{}", "errand"),
         ('{"errand": "dry", "micro_batch_size": 4}', "dry.workload"),
     ],

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, log2
 
 import pytest
-from facts import completed, out_of_memory
+from facts import completed, out_of_memory, traced
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from autotune.plan import Trial
-from autotune.search import is_safe, largest_safe, next_size
+from autotune.plan import Traced, Trial
+from autotune.search import is_safe, largest_safe, next_size, sizes_to_trace
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Machine:
     """Bytes are handed out in multiples of this."""
     percent: tuple[int, ...] = (100,)
     """Of the curve at 0 rows, at 1 row, ..., and over again."""
+    trace_percent: int | None = None
+    """How much of the growing phase a trace sees; None for a model that cannot be traced."""
 
     def phases(self, rows: int) -> dict[str, int]:
         grown = max(self.floor, self.fixed + self.per_row * rows + self.per_row_squared * rows**2)
@@ -47,6 +50,20 @@ class Machine:
             return out_of_memory(rows)
         return completed(rows, self.phases(rows), resident_bytes=self.resident)
 
+    def traced(self, largest: int) -> tuple[Traced, ...]:
+        """A trace sees no noise and no steps, and nothing of what is resident before there is a tensor."""
+        if self.trace_percent is None:
+            return ()
+        smooth = replace(self, step=1, percent=(100,), fixed=self.fixed - self.resident)
+        sizes = {rows: smooth.phases(rows) for rows in sizes_to_trace(largest)}
+        return tuple(
+            traced(rows, phases | {"forward_backward": phases["forward_backward"] * self.trace_percent // 100})
+            for rows, phases in sizes.items()
+        )
+
+    def next_size(self, trials: Sequence[Trial], largest: int) -> int | None:
+        return next_size(trials, self.budget, largest, self.traced(largest), self.resident)
+
     def truly_largest(self, largest: int) -> int:
         """The largest size that fits, by trying all."""
         return max((r for r in range(1, largest + 1) if self.peak(r) <= self.budget), default=0)
@@ -55,7 +72,7 @@ class Machine:
 def run(machine: Machine, largest: int) -> list[Trial]:
     """Search as the planner does; a size tried again would go on for ever, so it is a failure here."""
     trials: list[Trial] = []
-    while (rows := next_size(trials, machine.budget, largest)) is not None:
+    while (rows := machine.next_size(trials, largest)) is not None:
         assert rows not in (t.micro_batch_size for t in trials), "tried twice"
         trials.append(machine.try_size(rows))
     return trials
@@ -81,6 +98,7 @@ def affine(draw: st.DrawFn) -> Machine:
         resident=fixed * draw(st.sampled_from([100, 95, 50, 0])) // 100,
         budget=budget,
         limit=budget * draw(st.sampled_from([100, 105, 150])) // 100,
+        trace_percent=draw(st.sampled_from([None, 100])),
     )
 
 
@@ -111,7 +129,13 @@ def noisy(draw: st.DrawFn) -> Machine:
     return replace(draw(affine()), percent=tuple(percent))
 
 
-machines = st.one_of(affine(), flat_then_rising(), convex(), stepped(), noisy())
+@st.composite
+def mistraced(draw: st.DrawFn) -> Machine:
+    """A trace that sees too little or too much of what grows."""
+    return replace(draw(affine()), trace_percent=draw(st.integers(85, 115)))
+
+
+machines = st.one_of(affine(), flat_then_rising(), convex(), stepped(), noisy(), mistraced())
 
 STEEPER_THAN_AT_ONE_ROW = Machine(fixed=1000, per_row=1, per_row_squared=1, resident=1000, budget=1300, limit=1300)
 ONLY_ONE_ROW_FITS = Machine(
@@ -158,7 +182,7 @@ def test_the_order_of_the_trials_does_not_matter(machine: Machine, largest: int,
     trials = run(machine, largest)
     seen = trials[: data.draw(st.integers(0, len(trials)))]
     shuffled = data.draw(st.permutations(seen))
-    assert next_size(shuffled, machine.budget, largest) == next_size(seen, machine.budget, largest)
+    assert machine.next_size(shuffled, largest) == machine.next_size(seen, largest)
     assert largest_safe(shuffled, machine.budget) == largest_safe(seen, machine.budget)
 
 
@@ -167,7 +191,7 @@ def test_the_order_of_the_trials_does_not_matter(machine: Machine, largest: int,
 def test_one_row_that_does_not_fit_ends_the_search_after_one_trial_with_no_answer(
     machine: Machine, largest: int
 ) -> None:
-    too_little = replace(machine, budget=machine.peak(1) - 1)
+    too_little = replace(machine, budget=machine.peak(1) - 1, trace_percent=None)
     trials = run(too_little, largest)
     assert sizes_of(trials) == [1]
     assert largest_safe(trials, too_little.budget) == 0
@@ -227,7 +251,58 @@ def test_more_memory_never_gives_a_smaller_batch(machine: Machine, largest: int,
     assert answers == sorted(answers)
 
 
+@unhurried
+@given(machine=affine(), largest=largest_sizes)
+def test_with_a_right_trace_three_trials_are_enough_and_none_fails(machine: Machine, largest: int) -> None:
+    """It misses the same at each size: what is resident before there is a tensor, or some other constant."""
+    known = replace(machine, trace_percent=100, budget=max(machine.budget, machine.peak(1)))
+    trials = run(replace(known, limit=known.budget), largest)
+    assert all(is_safe(t, known.budget) for t in trials)
+    assert len(trials) <= 3
+    assert largest_safe(trials, known.budget) >= 0.9 * known.truly_largest(largest)
+
+
+@unhurried
+@given(machine=mistraced(), largest=largest_sizes)
+def test_a_trace_that_is_wrong_by_a_sixth_still_gives_the_largest_to_a_row_or_a_fifth(
+    machine: Machine, largest: int
+) -> None:
+    """Where the first trial lies far below the answer, half of what the trace is wrong by is left."""
+    answer, truth = largest_safe(run(machine, largest), machine.budget), machine.truly_largest(largest)
+    assert min(0.8 * truth, truth - 1) <= answer <= truth
+
+
+@unhurried
+@given(largest=st.integers(1, 10**6))
+def test_traced_sizes_rise_to_the_largest_and_are_few(largest: int) -> None:
+    sizes = sizes_to_trace(largest)
+    assert list(sizes) == sorted(set(sizes))
+    assert (sizes[0], sizes[-1]) == (1, largest)
+    assert len(sizes) <= 2 + ceil(log2(largest) / 2)
+
+
 # Single decisions.
+
+
+def test_with_a_trace_the_first_trial_is_what_would_run_if_that_leaves_room_for_a_wrong_trace() -> None:
+    traces = [traced(rows, {"forward_backward": 10 * rows}) for rows in (1, 16, 64)]
+    assert next_size([], 1000, 64, traces, 100) == 64, "740 of 1000 bytes"
+    assert next_size([], 700, 64, traces, 100) == 32, "60 rows fit, so that 64 go 2 x 32: 420 of 700 bytes"
+    assert next_size([], 430, 64, traces, 100) == 11, "33 rows fit, 2 x 32 would be 420 of 430 bytes: half of them"
+    assert next_size([], 90, 64, traces, 100) == 1, "not even one is promised"
+
+
+def test_the_second_trial_is_the_prediction_corrected_by_the_first() -> None:
+    traces = [traced(rows, {"forward_backward": 10 * rows}) for rows in (1, 16, 64)]
+    first = completed(11, {"forward_backward": 240})
+    assert next_size([first], 430, 64, traces, 100) == 30
+    assert next_size([first, completed(30, {"forward_backward": 430})], 430, 64, traces, 100) is None
+
+
+def test_below_a_first_trial_that_failed_the_search_goes_on() -> None:
+    traces = [traced(rows, {"forward_backward": 10 * rows}) for rows in (1, 16, 64)]
+    assert next_size([out_of_memory(32)], 430, 64, traces, 100) == 16
+    assert next_size([completed(32, {"forward_backward": 800})], 430, 64, traces, 100) == 1, "480 too much at 32"
 
 
 def test_one_row_is_tried_first_and_again_where_only_larger_sizes_were() -> None:

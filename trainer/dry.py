@@ -9,15 +9,18 @@ from contextlib import contextmanager
 import torch
 
 from autotune.errands import DRY_LENGTHS, DRY_MICRO_BATCHES, Dry, DryReport
-from autotune.plan import Timing
+from autotune.plan import Shape, Timed, Timing
 from trainer.evaluate import total_loss
 from trainer.memory import PeakMeter
-from trainer.microbatch import SpecialTokens, WorstCase, collate, target_count
+from trainer.microbatch import MicroBatch, SpecialTokens, Synthetic, collate, target_count, worst_case
 from trainer.model import build_for
-from trainer.step import accumulate, start, update
+from trainer.step import TrainState, accumulate, start, update
 
 LEARNING_RATE = 1e-4
 CLIP = 1.0
+REPEATS = 3
+WARM_UP_SECONDS = 1.25
+"""For one pass over the shapes that are timed: with its repeats it comes to five seconds."""
 
 
 def take_dry_steps(errand: Dry) -> DryReport:
@@ -36,7 +39,7 @@ def take_dry_steps(errand: Dry) -> DryReport:
     special = SpecialTokens(0, 0)
     ids, timings = range(errand.micro_batch_size), []
     for share in DRY_LENGTHS:
-        samples = WorstCase(workload, share)
+        samples = worst_case(workload, share)
         batch = collate(ids, samples, workload, special)
         targets = DRY_MICRO_BATCHES * target_count(ids, samples)
         # The step that `train_step` takes, its two phases apart; reading a result waits for the device.
@@ -53,14 +56,37 @@ def take_dry_steps(errand: Dry) -> DryReport:
         )
     with account.phase("evaluation"):
         total_loss(model, [batch], workload.precision, device).item()
+    timed = _time(state, errand)
     return DryReport(
         peak_bytes=account.peak_bytes,
         phases=account.phases,
         resident_bytes=resident,
         host_peak_bytes=account.host_peak_bytes,
         timings=tuple(timings),
+        timed=timed,
         evaluation_seconds=account.seconds["evaluation"],
     )
+
+
+def _time(state: TrainState, errand: Dry) -> tuple[Timed, ...]:
+    """Time forward and backward of the shapes in turn: what one of them gains by a quiet moment the others gain too."""
+    special = SpecialTokens(0, 0)
+    batches: dict[Shape, MicroBatch] = {}
+    began = time.perf_counter()
+    for shape in errand.timed:
+        if batches and time.perf_counter() - began > WARM_UP_SECONDS:
+            break
+        samples = Synthetic(errand.workload.vocabulary_size, shape.seq_len, shape.target_len, shape.target_tokens)
+        batches[shape] = collate(range(shape.rows), samples, errand.workload, special)
+        accumulate(state, [batches[shape]], 1, errand.workload.precision).item()
+    repeats = REPEATS if time.perf_counter() - began <= 2 * WARM_UP_SECONDS else 1
+    seconds: dict[Shape, list[float]] = {shape: [] for shape in batches}
+    for _ in range(repeats):
+        for shape, batch in batches.items():
+            began = time.perf_counter()
+            accumulate(state, [batch], 1, errand.workload.precision).item()
+            seconds[shape].append(time.perf_counter() - began)
+    return tuple(Timed(shape=shape, seconds=tuple(taken)) for shape, taken in seconds.items())
 
 
 class Account:

@@ -173,23 +173,30 @@ def _on_grid(positions: list[Array], targets: list[Array], most: int) -> tuple[T
 
 
 @dataclass(frozen=True, slots=True)
-class WorstCase:
-    """Samples as long as the plan allows, or a share of that, every token of which is a target: for dry steps."""
+class Synthetic:
+    """Samples of arbitrary tokens, all of the same lengths: for dry steps."""
 
-    workload: Workload
-    share: float = 1.0
+    vocabulary_size: int
+    seq_len: int
+    target_len: int
+    """0 for a causal model."""
+    target_tokens: int
+    """The last so many tokens of a sample are its target; those of a causal sample's first position never are."""
 
     def tokens(self, i: int) -> Array:
-        """Return arbitrary tokens, source and target filling their share of the limits."""
+        """Return the tokens of a sample, source and target."""
         generator = np.random.Generator(np.random.PCG64(i))
-        return generator.integers(0, self.workload.vocabulary_size, sum(self._lengths()))
+        return generator.integers(0, self.vocabulary_size, self.seq_len + self.target_len)
 
     def spans(self, i: int) -> Array:  # noqa: ARG002 # all are alike
-        """Return the one span of all that can be predicted."""
-        source, target = self._lengths()
-        return np.array([[source if target else 1, source + target]], np.int32)
+        """Return its one span."""
+        if self.target_len:
+            return np.array([[self.seq_len, self.seq_len + self.target_len]], np.int32)
+        return np.array([[max(1, self.seq_len - self.target_tokens), self.seq_len]], np.int32)
 
-    def _lengths(self) -> tuple[int, int]:
-        limits = (self.workload.max_seq_len, self.workload.max_target_len)
-        source, target = (ceil(self.share * limit) for limit in limits)
-        return max(2, source), target
+
+def worst_case(workload: Workload, share: float = 1.0) -> Synthetic:
+    """Return samples as long as the plan allows, or a share of that, every token of which is a target."""
+    source, target = (ceil(share * limit) for limit in (workload.max_seq_len, workload.max_target_len))
+    source = max(2, source)
+    return Synthetic(workload.vocabulary_size, source, target, target or source - 1)

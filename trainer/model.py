@@ -168,17 +168,18 @@ def summarise(model: str, vocabulary_size: int | None, dropout: float | None) ->
     )
 
 
-def build_for(workload: Workload, ids: TokenIds | None, device: torch.device) -> Any:
+def build_for(workload: Workload, ids: TokenIds | None, device: torch.device, *, weights: bool = True) -> Any:
     """Build a preset with random weights from torch's generator, or load a checkpoint; weights are fp32.
 
-    `ids` are set in a preset's configuration, and in the generation configuration of either.
+    Without `weights` a checkpoint's shape is built, and its weights are not read. `ids` are set in a preset's
+    configuration, and in the generation configuration of either.
     """
     model, task = workload.model, workload.task
     config = load_config(model, workload.vocabulary_size if model in PRESETS else None, workload.dropout)
     auto = AutoModelForSeq2SeqLM if task == "seq2seq" else AutoModelForCausalLM
     if ids is not None and task == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = ids.pad
-    if model in PRESETS:
+    if model in PRESETS or not weights:
         if ids is not None:
             config.pad_token_id, config.eos_token_id, config.bos_token_id = ids.pad, _listed(ids.eos), ids.bos
         built = auto.from_config(  # type: ignore[no-untyped-call]
@@ -197,7 +198,7 @@ def build_for(workload: Workload, ids: TokenIds | None, device: torch.device) ->
         # transformers renamed it late in version 5, and warns of the old name.
         enable = getattr(built, "activation_checkpointing_enable", None) or built.gradient_checkpointing_enable
         enable()
-    return built.to(device)
+    return built.to(device) if weights else built
 
 
 def _load_weights(auto: Any, workload: Workload, config: Any) -> Any:

@@ -19,10 +19,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from autotune.errands import ERRAND, Dry, Errand, Preprocess, Train
+from autotune.errands import ERRAND, Dry, Errand, Preprocess, Trace, Train
 from autotune.errors import MachineError, UserError
 from trainer.dry import take_dry_steps
 from trainer.loop import train
+from trainer.trace import trace
 
 OUT_OF_MEMORY_EXIT = 9
 PR_SET_PDEATHSIG = 1
@@ -79,6 +80,9 @@ def _do(errand: Errand, events: Events) -> None:
 
         answer = preprocess(errand, lambda doing, rows: events.send("progress", doing=doing, rows=rows))
         events.send("result", result=answer.model_dump(mode="json"))
+        return
+    if isinstance(errand, Trace):
+        events.send("result", result=trace(errand).model_dump(mode="json"))
         return
     _prepare_device(errand)
     if isinstance(errand, Dry):

@@ -1,0 +1,98 @@
+"""The trace: every byte accounted for, the same step as is taken, no memory used, and right about what is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from test_planner import PROCESSOR
+
+from autotune.errands import Trace
+from autotune.measure import trace_sizes, try_size
+from autotune.plan import Traced, Workload
+from trainer.memory import PeakMeter
+from trainer.trace import CPU, trace
+
+MIB = 2**20
+GIB = 2**30
+TINY = 1_557_632
+"""Parameters of the preset."""
+BUFFERS = 4096
+"""Bytes that these models keep beside their parameters: frequencies of positions, a bias."""
+MOMENTS_AND_STEP = 8
+"""Bytes of AdamW's state a parameter; its step counter is four bytes a tensor more."""
+
+
+def workload(family: str = "llama", **changes: Any) -> Workload:
+    return tiny_models.workload(family, **({"model": "tiny", "vocabulary_size": 6400, "max_seq_len": 128} | changes))
+
+
+def traced(work: Workload, *sizes: int) -> tuple[Traced, ...]:
+    return trace(Trace(workload=work, micro_batch_sizes=sizes)).traced
+
+
+def peak(one: Traced) -> int:
+    return max(one.phases.values())
+
+
+def test_items_come_to_the_peak_and_the_state_is_exact_to_the_byte() -> None:
+    for one in traced(workload(), 1, 8):
+        assert sum(one.items.values()) == peak(one) == one.phases["forward_backward"]
+        assert 0 <= one.items["weights"] - 4 * TINY <= BUFFERS
+        assert one.items["gradients"] == 4 * TINY
+        assert 0 <= one.items["optimizer_state"] - MOMENTS_AND_STEP * TINY < 1000
+
+
+def test_where_activations_bind_memory_is_a_line_in_rows() -> None:
+    few, more, many = (peak(one) for one in traced(workload(), 8, 16, 24))
+    # A scalar or two, and the lengths that targets are filled up to, are all that is not in proportion.
+    assert many - more == pytest.approx(more - few, rel=0.01)
+
+
+def test_the_optimizers_phase_does_not_grow_with_rows() -> None:
+    few, many = (one.phases["optimizer"] for one in traced(workload(), 1, 32))
+    assert many - few < MIB  # the ids of the batch
+
+
+def test_checkpointing_holds_less_and_half_precision_less_than_full() -> None:
+    plain = peak(traced(workload(precision="fp32"), 16)[0])
+    assert peak(traced(workload(precision="fp32", gradient_checkpointing="on"), 16)[0]) < 0.8 * plain
+    assert peak(traced(workload(precision="bf16"), 16)[0]) < plain
+
+
+def test_tracing_takes_no_memory_for_tensors() -> None:
+    meter = PeakMeter(CPU)
+    traced(workload(max_seq_len=512), 1)  # what is loaded and kept the first time
+    meter.reset()
+    before = meter.held_bytes()
+    (one,) = traced(workload(max_seq_len=512), 512)
+    assert peak(one) > 20 * GIB
+    assert meter.host_peak_bytes() - before < 100 * MIB
+
+
+@pytest.mark.parametrize("family", tiny_models.MODELS)
+def test_any_shape_that_transformers_loads_is_traced_without_its_weights(family: str, tmp_path: Path) -> None:
+    model = tiny_models.build(family)
+    model.config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    work = tiny_models.workload(family, model=str(tmp_path), attention=model.config._attn_implementation)
+    few, many = traced(work, 2, 8)
+    assert 0 <= few.items["weights"] - 4 * sum(p.numel() for p in model.parameters()) <= BUFFERS
+    assert peak(few) < peak(many)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-t5"])
+def test_the_trace_and_the_process_are_what_is_measured(preset: str) -> None:
+    lengths = {"max_seq_len": 256, "max_target_len": 256 if preset == "tiny-t5" else 0}
+    family = "t5" if preset == "tiny-t5" else "llama"
+    work = workload(family, model=preset, precision="bf16", cpu_allocator="tight", **lengths)
+    report = trace_sizes(work, PROCESSOR, (16,))
+    assert report is not None
+    trial = try_size(work, PROCESSOR, 16, limit_bytes=8 * GIB)
+    assert trial.peak_bytes == pytest.approx(report.process_bytes + peak(report.traced[0]), rel=0.15)
+
+
+def test_what_cannot_be_traced_is_no_error() -> None:
+    assert trace_sizes(workload(attention="no such kernel"), PROCESSOR, (1,)) is None

@@ -1,0 +1,174 @@
+"""The trace: the real step under fake tensors. Peak bytes of each phase, and of what, without touching hardware.
+
+Every operator runs as it will in training, on tensors that have a shape and no memory; a storage is counted from when
+it is made to when it is freed. Tensors are fake ones of the processor, whatever the device: a torch without CUDA cannot
+differentiate fake `cuda` tensors. What hardware and libraries hold besides tensors is not the trace's affair.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from autotune.errands import Trace, TraceReport
+from autotune.plan import Traced, Workload
+from trainer.evaluate import total_loss
+from trainer.memory import PeakMeter
+from trainer.microbatch import MULTIPLE, MicroBatch, SpecialTokens, collate, worst_case
+from trainer.model import build_for
+from trainer.step import TrainState, accumulate, start, update
+
+CPU = torch.device("cpu")
+RATE, CLIP = 1e-4, 1.0
+
+
+def trace(errand: Trace) -> TraceReport:
+    """Trace the step at each size, and say what this process held before there was a model."""
+    process = PeakMeter(CPU).held_bytes()
+    ledger = Ledger()
+    with FakeTensorMode() as fake, ledger:
+        step = _TracedStep(errand.workload, fake, ledger)
+        traced = tuple(step.at(rows) for rows in errand.micro_batch_sizes)
+    return TraceReport(process_bytes=process, traced=traced)
+
+
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of live storages by what they are for, and remembers the most there were since the last reset.
+
+    `kind` is what is being made; what a backward makes is temporary, unless it is said to be a gradient.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kind = "weights"
+        self._entries: dict[int, tuple[str, int]] = {}
+        self._live: Counter[str] = Counter()
+        self._total = self.peak_bytes = 0
+        self.items: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, and count what it made."""
+        made = func(*args, **kwargs or {})
+        for value in tree_iter(made):
+            if isinstance(value, Tensor):
+                self.count(value)
+        return made
+
+    def count(self, tensor: Tensor) -> None:
+        """Enter a tensor's storage, unless it stands in the ledger already."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._entries:
+            return
+        # In a backward no code of ours runs that could say what is made.
+        kind = self.kind if torch._C._current_graph_task_id() == -1 else "temporaries"
+        self._enter(key, kind, storage.nbytes())
+        weakref.finalize(storage, self._strike, key).atexit = False
+        if self._total > self.peak_bytes:
+            self.reset()
+
+    def reset(self) -> None:
+        """Start a new peak at what is live now."""
+        self.peak_bytes, self.items = self._total, {kind: size for kind, size in self._live.items() if size}
+
+    def rename(self, tensor: Tensor, kind: str) -> None:
+        """Say what a tensor has turned out to be for."""
+        key = tensor.untyped_storage()._cdata
+        self._enter(key, kind, self._strike(key))
+
+    def _enter(self, key: int, kind: str, size: int) -> None:
+        self._entries[key] = (kind, size)
+        self._live[kind] += size
+        self._total += size
+
+    def _strike(self, key: int) -> int:
+        kind, size = self._entries.pop(key)
+        self._live[kind] -= size
+        self._total -= size
+        return size
+
+    @contextmanager
+    def making(self, kind: str) -> Iterator[None]:
+        """Count what is made inside as this."""
+        before, self.kind = self.kind, kind
+        yield
+        self.kind = before
+
+
+@dataclass
+class _TracedStep:
+    """A model and its optimizer as in a run that goes on: moments are made, and a micro-batch's gradients are held."""
+
+    workload: Workload
+    fake: FakeTensorMode
+    ledger: Ledger
+
+    def __post_init__(self) -> None:
+        model = build_for(self.workload, None, CPU, weights=False)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: self.ledger.rename(p.grad, "gradients"))
+        model.get_output_embeddings().register_forward_pre_hook(self._at_the_head)
+        self.state: TrainState = start(model, weight_decay=0.1, precision=self.workload.precision)
+        longest = max(self.workload.max_seq_len, self.workload.max_target_len)
+        self._short = self._batch(1, MULTIPLE / longest)
+        self._accumulate(self._short)
+        self._update(making="optimizer_state")
+
+    def at(self, rows: int) -> Traced:
+        """Trace one size: the micro-batch that meets gradients, the optimizer, an evaluation batch."""
+        batch = self._batch(rows, 1.0)
+        phases: dict[str, int] = {}
+        items: dict[str, int] = {}
+        runs: dict[str, Callable[[], None]] = {
+            "forward_backward": lambda: self._accumulate(self._short, batch),
+            "optimizer": self._update,
+            "evaluation": lambda: self._evaluate(batch),
+        }
+        for name, run in runs.items():
+            self.ledger.reset()
+            run()
+            if self.ledger.peak_bytes >= max(phases.values(), default=0):
+                items = self.ledger.items
+            phases[name] = self.ledger.peak_bytes
+        return Traced(micro_batch_size=rows, phases=phases, items=items)
+
+    def _accumulate(self, *batches: MicroBatch) -> None:
+        for batch in batches:
+            with self.ledger.making("activations"):
+                accumulate(self.state, [batch], 1, self.workload.precision)
+
+    def _update(self, making: str = "temporaries") -> None:
+        with self.ledger.making(making):
+            update(self.state, self.workload.precision, RATE, CLIP)
+
+    def _evaluate(self, batch: MicroBatch) -> None:
+        with self.ledger.making("activations"):
+            total_loss(self.state.model, [batch], self.workload.precision, CPU)
+
+    def _at_the_head(self, *_: Any) -> None:
+        self.ledger.kind = "logits_and_loss"
+
+    def _batch(self, rows: int, share: float) -> MicroBatch:
+        real = collate(range(rows), worst_case(self.workload, share), self.workload, SpecialTokens(0, 0))
+        with self.ledger.making("inputs"):
+            return replace(
+                real,
+                inputs={name: self._made(tensor) for name, tensor in real.inputs.items()},
+                target_positions=self._made(real.target_positions),
+                targets=self._made(real.targets),
+            )
+
+    def _made(self, tensor: Tensor) -> Tensor:
+        made = self.fake.from_tensor(tensor)
+        self.ledger.count(made)
+        return made
