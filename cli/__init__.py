@@ -76,12 +76,13 @@ def plan(
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON of chatlm.plan/1.")] = False,
     show_config: ShowConfig = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Also say what the peak is made of, by phase.")] = False,
     debug: Debug = False,
 ) -> None:
     """Print the batch that would run here, what it costs, and why it is not larger."""
     from cli.commands import plan_command
 
-    plan_command(given, profile, config, as_json=as_json, show_config=show_config)
+    plan_command(given, profile, config, as_json=as_json, show_config=show_config, explain=explain)
 
 
 @chatlm.command()

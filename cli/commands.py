@@ -28,6 +28,7 @@ from cli.render import (
     gib,
     number,
     out,
+    print_account,
     print_config,
     print_json,
     print_plan,
@@ -56,7 +57,13 @@ ENDINGS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 
 def plan_command(
-    given: dict[str, Any], profile: str | None, config: str | None, *, as_json: bool, show_config: bool
+    given: dict[str, Any],
+    profile: str | None,
+    config: str | None,
+    *,
+    as_json: bool,
+    show_config: bool,
+    explain: bool,
 ) -> None:
     """Plan, and print the plan."""
     resolved = resolve(given, config, profile)
@@ -76,6 +83,8 @@ def plan_command(
         _profile_line(resolved, profile),
         shlex.join(["chatlm", "train", "--auto", *typed]),
     )
+    if explain:
+        print_account(planner.plan.memory)
 
 
 def _profile_line(resolved: Resolved, profile: str | None) -> str | None:
@@ -142,6 +151,8 @@ def _decide(resolved: Resolved, *, search: bool, demo: bool) -> tuple[Preprocess
     workload = make_workload(settings, facts, hardware)
     recipe = make_recipe(settings, workload.stage)
     planner = Planner(workload, hardware, request, recipe, facts.data, facts.validation)
+    if request.micro_batch_size is None:
+        say("tracing the step, to know what will fit")
     for trial in planner.make():
         say(trial_line(trial, hardware.device))
     return facts, planner
@@ -189,7 +200,7 @@ def _train(job: Job, folder: Path) -> None:
                 raise _no_longer_fits(job.plan, progress, str(event["message"]))
         if not progress.ended and (progress.steps or not signals):
             raise _unexpected_end(worker, job.plan, progress)
-    _summarise(progress, job.plan)
+    _summarise(progress)
     if signals:
         raise typer.Exit(128 + signals[0])
 
@@ -229,7 +240,7 @@ def _unexpected_end(worker: Worker, plan: Plan, progress: RunProgress) -> Except
     return WorkerCrashedError(f"the worker ended with exit code {worker.exit_code}:\n{worker.last_words()}")
 
 
-def _summarise(progress: RunProgress, plan: Plan) -> None:
+def _summarise(progress: RunProgress) -> None:
     if progress.skipped:
         warn(f"{count(progress.skipped, 'step')} had a gradient that is not finite, and changed no weight")
     if not progress.steps:
@@ -240,6 +251,15 @@ def _summarise(progress: RunProgress, plan: Plan) -> None:
     out.print(
         f"{progress.ended} after {progress.steps} steps in {duration(progress.seconds)}: loss {losses}{validation}; "
         f"{progress.tokens / max(progress.seconds, 1e-9):,.0f} tokens/s; "
-        f"peak {gib(progress.peak_bytes)} (plan {gib(plan.memory.measured_peak_bytes)})"
+        f"peak {gib(progress.peak_bytes)}"
     )
+    out.print(_against(progress.against))
     out.print(f"model: {progress.model}")
+
+
+def _against(row: dict[str, Any]) -> str:
+    """Say in a line how true the plan was."""
+    peak = f"worst case {gib(row['planned_peak_bytes'])}, real peak {gib(row['real_peak_bytes'])}"
+    if row["planned_seconds"] is None:
+        return f"plan against real: {peak}"
+    return f"plan against real: {peak}; {duration(row['planned_seconds'])}, really {duration(row['real_seconds'])}"

@@ -24,6 +24,7 @@ class RunProgress:
         self.peak_bytes = 0
         self.steps = self.tokens = self.skipped = 0
         self.seconds = 0.0
+        self.against: Metrics = {}
         self.ended = ""
         self.model = ""
         self._total = 0
@@ -66,6 +67,8 @@ class RunProgress:
                 self._task = self._bar.add_task("", total=self._total)
         elif row["event"] == "skipped_step":
             self.skipped += 1
+        elif row["event"] == "plan_against_real":
+            self.against = row
         else:
             self.ended, self.model = row["event"], row.get("model", "")
 

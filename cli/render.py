@@ -14,7 +14,7 @@ from rich.table import Table
 from autotune.errands import DataSummary, Preprocessed
 from autotune.evidence import fit
 from autotune.forecast import rows_per_second
-from autotune.plan import Batching, Device, Plan, Trial
+from autotune.plan import Batching, Device, Memory, Plan, Trial
 from cli.wiring import balanced_note, percentile
 from profiles import Resolved
 
@@ -195,6 +195,22 @@ def _next_size_up(trials: Sequence[Trial], safe: int, budget: int) -> str:
     if predicted > budget:
         return f"{safe + 1} would take {gib(predicted)} by the measured slope"
     return "give or take a tenth, which is not worth another trial"
+
+
+def print_account(memory: Memory) -> None:
+    """List what the peak is made of, and the peak of each phase, the one that binds marked."""
+    peak = memory.measured_peak_bytes or memory.predicted_peak_bytes or 0
+    items = Table(title="What the peak is made of", title_justify="left", title_style="bold")
+    phases = Table(title="Peak of each phase", title_justify="left", title_style="bold")
+    for table, rows in ((items, memory.items), (phases, memory.phases)):
+        for name, justify in (("", "left"), ("bytes", "right"), ("GiB", "right"), ("of peak", "right")):
+            table.add_column(name, justify="left" if justify == "left" else "right")
+        binding = max(rows.values(), default=0) if table is phases else None
+        for name, size in rows.items():
+            mark = " <- binds" if size == binding else ""
+            table.add_row(name.replace("_", " ") + mark, f"{size:,}", f"{size / GIB:.2f}", f"{size / peak:.0%}")
+    out.print(items)
+    out.print(phases)
 
 
 def _in_force(plan: Plan) -> list[Trial]:

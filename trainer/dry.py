@@ -21,6 +21,8 @@ CLIP = 1.0
 REPEATS = 3
 WARM_UP_SECONDS = 1.25
 """For one pass over the shapes that are timed: with its repeats it comes to five seconds."""
+REPEATED_SECONDS = 5.0
+"""A pass that takes longer is not repeated: what is left of noise is small beside it."""
 
 
 def take_dry_steps(errand: Dry) -> DryReport:
@@ -79,7 +81,7 @@ def _time(state: TrainState, errand: Dry) -> tuple[Timed, ...]:
         samples = Synthetic(errand.workload.vocabulary_size, shape.seq_len, shape.target_len, shape.target_tokens)
         batches[shape] = collate(range(shape.rows), samples, errand.workload, special)
         accumulate(state, [batches[shape]], 1, errand.workload.precision).item()
-    repeats = REPEATS if time.perf_counter() - began <= 2 * WARM_UP_SECONDS else 1
+    repeats = REPEATS if time.perf_counter() - began <= REPEATED_SECONDS else 1
     seconds: dict[Shape, list[float]] = {shape: [] for shape in batches}
     for _ in range(repeats):
         for shape, batch in batches.items():

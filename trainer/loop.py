@@ -13,7 +13,7 @@ import torch
 
 from autotune.batching import share_of
 from autotune.errands import Recipe, Train
-from autotune.plan import Workload
+from autotune.plan import Plan, Workload
 from trainer.data import TokenStore, order
 from trainer.evaluate import perplexity, total_loss
 from trainer.memory import PeakMeter
@@ -62,24 +62,39 @@ def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
     store = TokenStore(Path(errand.store))
     total_steps = steps_in(len(store), errand.plan.batching.effective_batch_size, recipe)
     yield {"kind": "event", "event": "started", "step": 0, "total_steps": total_steps, "samples": len(store)}
-    ended = "finished"
+    ended, seconds, peak = "finished", 0.0, 0
     began = time.perf_counter()
     for row in _steps(errand, state, store, total_steps, meter):
         # Since the row before, so that the seconds of all rows come to those of the loop.
         now = time.perf_counter()
         yield _timed(row, now - began)
-        began = now
+        seconds, peak, began = seconds + now - began, max(peak, row.get("peak_memory_bytes", 0)), now
         if row["kind"] == "train" and not math.isfinite(row["gradient_norm"]):
             yield {"kind": "event", "event": "skipped_step", "step": state.step}
         if stop():
             ended = "stopped"
             break
     step, model = state.step, state.model
+    yield _against(errand.plan, step, total_steps, seconds, peak)
     # A save serialises the weights: what only training needs goes first.
     del state
     folder = Path(errand.output_dir) / "model"
     save_model(model, Path(errand.tokenizer_dir), folder)
     yield {"kind": "event", "event": ended, "step": step, "model": str(folder)}
+
+
+def _against(plan: Plan, step: int, total_steps: int, seconds: float, peak: int) -> Metrics:
+    """Say how true the plan was: its worst case and its forecast, for the steps that were taken, and what became."""
+    planned = plan.forecast.total_seconds * step / total_steps if plan.forecast else None
+    return {
+        "kind": "event",
+        "event": "plan_against_real",
+        "step": step,
+        "planned_peak_bytes": plan.memory.measured_peak_bytes,
+        "real_peak_bytes": peak,
+        "planned_seconds": planned,
+        "real_seconds": seconds,
+    }
 
 
 def _steps(

@@ -38,6 +38,7 @@ def auto_run(tmp_path_factory: pytest.TempPathFactory, chatlm_environment: dict[
     assert done.returncode == 0, done.stderr
     assert f"model: {folder}/run/model" in done.stdout
     assert "RANDOM weights" in done.stderr
+    assert "plan against real: worst case" in done.stdout
     return folder
 
 
