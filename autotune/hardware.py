@@ -11,17 +11,23 @@ import platform
 import re
 import shutil
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import psutil
 
-from autotune.errors import MachineError
+from autotune.errors import ConfigurationError, MachineError
 from autotune.plan import Device, Hardware
 
 PROCESS = Path("/proc/self")
+CARDS = Path(__file__).with_name("cards.toml")
+USABLE_SHARE = 0.979
+"""Of a card's memory, what a program finds free on one that does nothing else: 19.58 of 20 GiB on an RTX 3080."""
+BF16_CAPABILITY = (8, 0)
 NO_LIMIT_BYTES = 2**62
 """Version 1 of the control groups says "no limit" with a number of about 2**63."""
 
@@ -78,6 +84,39 @@ def read_hardware(
         compute_capability=device.compute_capability,
         fast_bf16=device.fast_bf16,
     )
+
+
+def imagine_hardware(card: str, world_size: int, output_dir: Path) -> Hardware:
+    """Return this host with so many of a card that need not be there, by the name in `cards.toml`, nothing on it.
+
+    Raises ConfigurationError for a name that is not in the table.
+    """
+    cards = tomllib.loads(CARDS.read_text(encoding="utf-8"))["cards"]
+    name = next((known for known in cards if _plain(known) == _plain(card)), None)
+    if name is None:
+        near = get_close_matches(card, cards, n=3, cutoff=0.4)
+        raise ConfigurationError(f"no card {card!r} in the table", f"did you mean {', '.join(near or cards)}?")
+    host, total = read_host_memory(), cards[name]["memory_mib"] * 2**20
+    major, minor = cards[name]["capability"]
+    return Hardware(
+        device="cuda",
+        device_name=name,
+        world_size=world_size,
+        device_memory_total_bytes=total,
+        device_memory_free_bytes=round(USABLE_SHARE * total),
+        host_memory_total_bytes=host.total_bytes,
+        host_memory_available_bytes=host.available_bytes,
+        host_memory_limited_by=host.limited_by,
+        disk_free_bytes=_read_free_disk(output_dir),
+        cores=count_cores(),
+        compute_capability=(major, minor),
+        fast_bf16=(major, minor) >= BF16_CAPABILITY,
+    )
+
+
+def _plain(name: str) -> str:
+    """Return a card's name as people mean it: case, spaces and the maker's words do not matter."""
+    return re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", name.lower())
 
 
 def read_host_memory(process: Path = PROCESS) -> HostMemory:
@@ -182,7 +221,7 @@ def _read_device(nvml: Any, handle: Any) -> DeviceFacts:
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     name = _decode(nvml.nvmlDeviceGetName(handle))
-    return DeviceFacts("cuda", name, memory.total, memory.free, (major, minor), (major, minor) >= (8, 0))
+    return DeviceFacts("cuda", name, memory.total, memory.free, (major, minor), (major, minor) >= BF16_CAPABILITY)
 
 
 def _decode(text: str | bytes) -> str:

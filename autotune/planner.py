@@ -8,8 +8,8 @@ from typing import Literal
 
 from autotune.batching import balanced_size, largest_share, reach
 from autotune.errands import DataSummary, Recipe, TraceReport
-from autotune.errors import NothingFitsError
-from autotune.evidence import Evidence, MemoryModel, fit, traced_items
+from autotune.errors import ConfigurationError, NothingFitsError
+from autotune.evidence import Evidence, MemoryModel, fit, traced_bytes, traced_items
 from autotune.forecast import Histogram, expected_shape, faster_size, forecast, measure_speed, rounded
 from autotune.measure import TIME_LIMIT_SECONDS, trace_sizes, try_size
 from autotune.plan import (
@@ -45,6 +45,10 @@ AMPLE_BY_TRACE = 2.5
 """glibc's fast setting holds up to so much more than it did in a trial, and than is live: it needs room for that."""
 CUDA_CONTEXT_BYTES = 500 * MIB
 """Of a process on a card before it has a tensor: 226 MiB (L4) to 501 MiB (A100) were published; a trial then tells."""
+ALLOCATOR_SHARE = 0.05
+"""What CUDA's allocator keeps beyond what is live: 1.5 to 6.4 % were published, and 5 % are commonly charged."""
+ESTIMATE_ERROR = 0.15
+"""By which an estimate may be wrong, for people: the published runs it was held against lie within."""
 PADDING_MULTIPLE = 8
 SHORTEST_SEQUENCE = 64
 
@@ -160,6 +164,58 @@ class Planner:
                 yield from self._explain_nothing_fits()
             rows, limited_by = yield from self._choose()
             self.plan = self._write(rows, limited_by)
+
+    def estimate(self) -> Plan:
+        """Plan by the trace alone, for a card that is not here; raises NothingFitsError, as `make` does."""
+        budget, share = self.budget.budget_bytes, self._share
+        self._trace_step()
+        model = self._model
+        if model is None:
+            raise ConfigurationError(
+                f"the model {self._workload.model} cannot be traced, so nothing is known of a card that is not here",
+                "plan on a machine that has the card",
+            )
+
+        fixed = self._request.micro_batch_size
+        fits = [r for r in range(1, share + 1) if _estimated(model, r) <= budget]
+        largest = fixed or max(fits, default=1)
+        if _estimated(model, largest) > budget:
+            raise NothingFitsError(
+                f"{largest} rows of {self._workload.tokens_per_row} tokens would take "
+                f"{_estimated(model, largest) / GIB:.2f} GiB by the trace, the budget is {budget / GIB:.2f} GiB",
+                "try --gradient-checkpointing on, or a shorter --max-seq-len",
+            )
+        rows = fixed or balanced_size(share, largest)
+        limited_by: LimitedBy = "user" if fixed else "effective_batch" if rows == share else "memory"
+        effective, world_size = self._request.effective_batch_size, self._hardware.world_size
+        return Plan(
+            schema_name=SCHEMA,
+            workload=self._workload,
+            hardware=self._hardware,
+            batching=reach(effective, world_size, rows, largest, limited_by),
+            memory=self._estimated_account(rows, _estimated(model, rows)),
+            speed=None,
+            forecast=None,
+            evidence=summarise((), "estimated"),
+        )
+
+    def _estimated_account(self, rows: int, peak_bytes: int) -> Memory:
+        items = {name: round(size) for name, size in traced_items(self._traced, rows).items()}
+        items["process"] = self._process_bytes
+        items["allocator"] = peak_bytes - sum(items.values())
+        return Memory(
+            limit_bytes=self.budget.limit_bytes,
+            limit_from=self.budget.limit_from,
+            headroom_bytes=self.budget.headroom_bytes,
+            budget_bytes=self.budget.budget_bytes,
+            predicted_peak_bytes=peak_bytes,
+            measured_peak_bytes=None,
+            expected_peak_bytes=None,
+            phases={name: round(size) for name, size in traced_bytes(self._traced, rows).items()},
+            items=items,
+            host_budget_bytes=_host_budget(self._hardware),
+            host_peak_bytes=0,
+        )
 
     @property
     def _share(self) -> int:
@@ -361,6 +417,11 @@ class Planner:
             )
 
 
+def _estimated(model: MemoryModel, rows: int) -> int:
+    """Return the bytes that a card would hold, by the trace alone."""
+    return round(model.peak_bytes(rows) * (1 + ALLOCATOR_SHARE))
+
+
 def check_room(plan: Plan, budget: Budget) -> None:
     """Raise NothingFitsError where a plan that was made earlier, or elsewhere, needs more than there is now."""
     peak = plan.memory.measured_peak_bytes or plan.memory.predicted_peak_bytes or 0
@@ -413,10 +474,10 @@ def _state_bytes(workload: Workload) -> int:
     return 4 * workload.parameters + 12 * workload.trainable_parameters
 
 
-def summarise(trials: Sequence[Trial]) -> EvidenceSummary:
+def summarise(trials: Sequence[Trial], kind: Literal["measured", "estimated"] = "measured") -> EvidenceSummary:
     """Count what was tried."""
     return EvidenceSummary(
-        kind="measured",
+        kind=kind,
         dry_steps=sum(len(t.timings) for t in trials),
         timing_steps=0,
         trials=tuple(trials),

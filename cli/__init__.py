@@ -76,13 +76,18 @@ def plan(
     config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON of chatlm.plan/1.")] = False,
     show_config: ShowConfig = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", help="Estimate for a card that is not here, such as 'RTX 3090'.", metavar="CARD"),
+    ] = None,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many of it.", metavar="N")] = 1,
     explain: Annotated[bool, typer.Option("--explain", help="Also say what the peak is made of, by phase.")] = False,
     debug: Debug = False,
 ) -> None:
     """Print the batch that would run here, what it costs, and why it is not larger."""
     from cli.commands import plan_command
 
-    plan_command(given, profile, config, as_json=as_json, show_config=show_config, explain=explain)
+    plan_command(given, profile, config, as_json=as_json, show_config=show_config, explain=explain, gpu=gpu, gpus=gpus)
 
 
 @chatlm.command()

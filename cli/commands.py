@@ -15,7 +15,7 @@ import typer
 
 from autotune.errands import Preprocessed, Train
 from autotune.errors import NothingFitsError, UserError
-from autotune.hardware import read_hardware
+from autotune.hardware import imagine_hardware, read_hardware
 from autotune.plan import Hardware, Plan
 from autotune.planner import Planner, check_room, set_budget
 from autotune.process import Worker, WorkerCrashedError, ask
@@ -64,27 +64,36 @@ def plan_command(
     as_json: bool,
     show_config: bool,
     explain: bool,
+    gpu: str | None,
+    gpus: int,
 ) -> None:
-    """Plan, and print the plan."""
+    """Plan, by dry steps here or by the trace for a card that is not here, and print the plan."""
     resolved = resolve(given, config, profile)
     if show_config:
         print_config(resolved)
         return
-    facts, planner = _decide(resolved, search=True, demo=False)
-    assert planner.plan is not None
+    if gpu is not None:
+        hardware = imagine_hardware(gpu, gpus, Path(resolved.settings.output_dir or "."))
+        facts, planner = _planner(resolved, hardware, search=True, demo=False)
+        say("tracing the step, to know what would fit")
+        plan = planner.estimate()
+    else:
+        facts, planner = _decide(resolved, search=True, demo=False)
+        assert planner.plan is not None
+        plan = planner.plan
     if as_json:
-        print_json(planner.plan.to_json())
+        print_json(plan.to_json())
         return
     sources = {"profile": profile, "config": config}
     typed = as_arguments({name: value for name, value in sources.items() if value} | given)
     print_plan(
-        planner.plan,
+        plan,
         facts,
         _profile_line(resolved, profile),
         shlex.join(["chatlm", "train", "--auto", *typed]),
     )
     if explain:
-        print_account(planner.plan.memory)
+        print_account(plan.memory)
 
 
 def _profile_line(resolved: Resolved, profile: str | None) -> str | None:
@@ -144,18 +153,22 @@ def _planned(resolved: Resolved, plan_file: str) -> Job:
 
 def _decide(resolved: Resolved, *, search: bool, demo: bool) -> tuple[Preprocessed, Planner]:
     """Plan, telling of each trial; what can be refused without a worker is refused first."""
-    settings = resolved.settings
-    hardware = read_hardware(Path(settings.output_dir or "."))
-    request = make_request(resolved, hardware.world_size, search=search)
-    facts = _preprocess(settings, hardware, demo=demo)
-    workload = make_workload(settings, facts, hardware)
-    recipe = make_recipe(settings, workload.stage)
-    planner = Planner(workload, hardware, request, recipe, facts.data, facts.validation)
-    if request.micro_batch_size is None:
+    hardware = read_hardware(Path(resolved.settings.output_dir or "."))
+    facts, planner = _planner(resolved, hardware, search=search, demo=demo)
+    if search:
         say("tracing the step, to know what will fit")
     for trial in planner.make():
         say(trial_line(trial, hardware.device))
     return facts, planner
+
+
+def _planner(resolved: Resolved, hardware: Hardware, *, search: bool, demo: bool) -> tuple[Preprocessed, Planner]:
+    settings = resolved.settings
+    request = make_request(resolved, hardware.world_size, search=search)
+    facts = _preprocess(settings, hardware, demo=demo)
+    workload = make_workload(settings, facts, hardware)
+    recipe = make_recipe(settings, workload.stage)
+    return facts, Planner(workload, hardware, request, recipe, facts.data, facts.validation)
 
 
 def _preprocess(settings: Settings, hardware: Hardware, *, demo: bool) -> Preprocessed:

@@ -15,6 +15,7 @@ from autotune.errands import DataSummary, Preprocessed
 from autotune.evidence import fit
 from autotune.forecast import rows_per_second
 from autotune.plan import Batching, Device, Memory, Plan, Trial
+from autotune.planner import ESTIMATE_ERROR
 from cli.wiring import balanced_note, percentile
 from profiles import Resolved
 
@@ -91,8 +92,17 @@ def print_plan(plan: Plan, facts: Preprocessed, profile: str | None, command: st
         table.add_row(f"  {name}", escape(text))
     out.print(table)
     out.print()
-    out.print(_trials_table(plan))
+    if plan.evidence.trials:
+        out.print(_trials_table(plan))
+    else:
+        out.print("[bold]Estimated[/] by the trace alone: nothing was run, and the card need not be here.")
     out.print(f"[bold]Train it:[/]  {escape(command)}")
+
+
+def _peak(memory: Memory) -> str:
+    if memory.measured_peak_bytes is not None:
+        return gib(memory.measured_peak_bytes)
+    return f"{gib(memory.predicted_peak_bytes)}, give or take {ESTIMATE_ERROR:.0%},"
 
 
 def batch_line(batching: Batching) -> str:
@@ -120,7 +130,7 @@ def _plan_rows(plan: Plan, facts: Preprocessed, profile: str | None) -> list[tup
     rows.append(
         (
             "Memory",
-            f"peak {gib(memory.measured_peak_bytes)} at full length ({worst} tokens a row) of a budget of "
+            f"peak {_peak(memory)} at full length ({worst} tokens a row) of a budget of "
             f"{gib(memory.budget_bytes)} = {gib(memory.limit_bytes)} ({memory.limit_from}) "
             f"- {gib(memory.headroom_bytes)} headroom",
         )
@@ -173,6 +183,8 @@ def why_not_larger(plan: Plan) -> str:
         return "this size was given, and measured; --auto would search"
     if batching.limited_by == "speed":
         return f"{safe} rows are safe, but {rows} were measured to be faster; --prefer largest takes {safe}"
+    if not plan.evidence.trials:
+        return f"{safe} rows are the most that the trace lets fit"
     reason = f"{safe} rows are the largest safe micro-batch, " + _next_size_up(
         _in_force(plan), safe, memory.budget_bytes
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +16,11 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from autotune.errors import ConfigurationError
 from autotune.hardware import (
+    CARDS,
     count_cores,
+    imagine_hardware,
     multiplies_bf16,
     name_processor,
     read_control_group_limits,
@@ -490,3 +495,33 @@ def test_the_disk_is_that_of_the_nearest_parent_that_exists(tmp_path: Path, belo
 
 def test_reading_loads_no_torch() -> None:
     assert child("import sys\nread_host_memory()\nprint(json.dumps(['torch' in sys.modules]))") == [[False]]
+
+
+# Cards that are not here.
+
+
+def test_a_card_is_found_as_people_write_its_name(tmp_path: Path) -> None:
+    for name in ("RTX 3080 20GB", "rtx3080 20gb", "NVIDIA GeForce RTX 3080-20GB"):
+        card = imagine_hardware(name, 2, tmp_path)
+        assert (card.device, card.device_name, card.world_size) == ("cuda", "RTX 3080 20GB", 2)
+        assert card.device_memory_total_bytes == 20 * GIB
+        assert card.device_memory_free_bytes == pytest.approx(19.58 * GIB, rel=1e-3)
+        assert card.fast_bf16
+    assert not imagine_hardware("T4", 1, tmp_path).fast_bf16
+
+
+def test_an_unknown_card_is_answered_with_those_that_are_near(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="no card 'RTX 3085'") as error:
+        imagine_hardware("RTX 3085", 1, tmp_path)
+    assert "RTX 3080" in error.value.hint
+
+
+def test_every_card_of_the_table_is_one() -> None:
+    cards = tomllib.loads(CARDS.read_text(encoding="utf-8"))["cards"]
+    assert len(cards) >= 20
+    for name, card in cards.items():
+        gigabytes = card["memory_mib"] / 1024
+        assert 8 < gigabytes < 150, name
+        assert (7, 0) <= tuple(card["capability"]) <= (12, 0), name
+        said = re.search(r"(\d+)GB", name)
+        assert said is None or gigabytes == pytest.approx(int(said[1]), rel=0.01), name

@@ -10,7 +10,7 @@ import pytest
 from tiny_models import workload
 
 from autotune.errands import DataSummary, TraceReport
-from autotune.errors import NothingFitsError
+from autotune.errors import ConfigurationError, NothingFitsError
 from autotune.evidence import Evidence
 from autotune.measure import TIME_LIMIT_SECONDS
 from autotune.plan import Hardware, Plan, Shape, Timed, Timing, Trial, Workload
@@ -95,6 +95,12 @@ def plan_on(machine: Machine, hardware: Hardware = CARD, **changes: Any) -> Plan
 
 
 def planned(machine: Machine, hardware: Hardware = CARD, **changes: Any) -> Planner:
+    planner = planner_on(machine, hardware, **changes)
+    list(planner.make())
+    return planner
+
+
+def planner_on(machine: Machine, hardware: Hardware = CARD, **changes: Any) -> Planner:
     values: dict[str, Any] = {
         "effective_batch_size": 240,
         "micro_batch_size": None,
@@ -106,11 +112,9 @@ def planned(machine: Machine, hardware: Hardware = CARD, **changes: Any) -> Plan
     }
     values |= changes
     data, validation, work = values.pop("data"), values.pop("validation", None), values.pop("work")
-    planner = Planner(
+    return Planner(
         work, hardware, Request(**values), facts.recipe(epochs=2), data, validation, machine.measure, machine.trace
     )
-    list(planner.make())
-    return planner
 
 
 def data_of(samples: int) -> DataSummary:
@@ -358,3 +362,38 @@ def test_host_memory_is_accounted_beside_the_cards() -> None:
     assert memory.host_peak_bytes == GIB
     assert memory.host_budget_bytes == pytest.approx(12 * GIB * 0.95)
     assert sum(memory.items.values()) == memory.measured_peak_bytes
+
+
+def estimated(machine: Machine, hardware: Hardware = CARD, **changes: Any) -> Plan:
+    return planner_on(machine, hardware, **changes).estimate()
+
+
+def test_an_estimate_tries_nothing_and_says_what_the_trace_lets_fit() -> None:
+    machine = Machine(GIB, 240 * MIB)
+    plan = estimated(machine)
+    assert machine.tried == []
+    assert (plan.evidence.kind, plan.evidence.trials, plan.memory.measured_peak_bytes) == ("estimated", (), None)
+    assert plan.speed is None
+    truth = plan_on(machine).batching.largest_safe_micro_batch_size
+    assert plan.batching.largest_safe_micro_batch_size == pytest.approx(truth, rel=0.1)
+    peak = plan.memory.predicted_peak_bytes
+    assert peak is not None
+    assert peak <= plan.memory.budget_bytes
+    assert sum(plan.memory.items.values()) == peak
+
+
+def test_an_estimate_keeps_a_size_that_was_given_and_refuses_what_would_not_fit() -> None:
+    plan = estimated(Machine(GIB, MIB), micro_batch_size=7, effective_batch_size=30)
+    assert (plan.batching.micro_batch_size, plan.batching.limited_by) == (7, "user")
+    with pytest.raises(NothingFitsError, match=r"1 rows of 32 tokens would take .* by the trace"):
+        estimated(Machine(GIB, 10 * GIB))
+    assert estimated(Machine(GIB, MIB), effective_batch_size=8).batching.limited_by == "effective_batch"
+
+
+def test_a_model_that_cannot_be_traced_cannot_be_estimated() -> None:
+    class Opaque(Machine):
+        def trace(self, *_: Any) -> None:
+            return None
+
+    with pytest.raises(ConfigurationError, match="cannot be traced"):
+        estimated(Opaque(GIB, MIB))

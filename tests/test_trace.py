@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import facts
 import pytest
 import tiny_models
 from test_planner import PROCESSOR
 
-from autotune.errands import Trace
+from autotune.errands import Trace, TraceReport
 from autotune.measure import trace_sizes, try_size
-from autotune.plan import Traced, Workload
+from autotune.plan import Hardware, Traced, Workload
+from autotune.planner import Planner, Request
 from trainer.memory import PeakMeter
 from trainer.trace import CPU, trace
 
@@ -92,6 +94,45 @@ def test_the_trace_and_the_process_are_what_is_measured(preset: str) -> None:
     assert report is not None
     trial = try_size(work, PROCESSOR, 16, limit_bytes=8 * GIB)
     assert trial.peak_bytes == pytest.approx(report.process_bytes + peak(report.traced[0]), rel=0.15)
+
+
+GB = 10**9
+"""The published figures are those of nvidia-smi and of torch, to one or two digits."""
+
+
+@pytest.mark.parametrize(("rows", "published"), [(32, 7.0), (64, 13.0), (128, 23.0)])
+def test_published_runs_of_minimind_are_estimated_to_15_percent(rows: int, published: float) -> None:
+    """MiniMind-26M at 512 tokens: about 7 GB, "under 14" (which people round up to), about 23 GB."""
+    work = facts.workload(model="minimind-26m", vocabulary_size=6400, max_seq_len=512)
+    assert estimate(work, rows) == pytest.approx(published * GB, rel=0.15)
+
+
+def test_published_runs_of_chatlm_fit_and_do_not_as_they_did() -> None:
+    """All weights on 19.58 GiB, vocabulary 40,960: 32 rows of 252 tokens ran out, 24 of 192 took 13.5 to 13.7 GB.
+
+    T5 had no other attention than the eager one then.
+    """
+    work = facts.workload(
+        model="chatlm-t5", task="seq2seq", vocabulary_size=40960, max_seq_len=252, max_target_len=252, attention="eager"
+    )
+    assert estimate(work, 32) > 19.58 * GIB
+    shorter = work.model_copy(update={"max_seq_len": 192, "max_target_len": 192})
+    assert estimate(shorter, 24) == pytest.approx(13.6 * GB, rel=0.2)
+
+
+def estimate(work: Workload, rows: int) -> int:
+    """What a plan for a card that is not here says of one size, all positions being targets."""
+    request = Request(
+        effective_batch_size=rows, micro_batch_size=rows, prefer="auto", memory_limit_bytes=None, headroom=None
+    )
+    card = facts.hardware(world_size=1, device_memory_free_bytes=100 * GIB)
+
+    def here(work: Workload, _: Hardware, sizes: tuple[int, ...]) -> TraceReport:
+        return trace(Trace(workload=work, micro_batch_sizes=sizes[-1:]))
+
+    plan = Planner(work, card, request, facts.recipe(), None, trace=here).estimate()
+    assert plan.memory.predicted_peak_bytes is not None
+    return plan.memory.predicted_peak_bytes
 
 
 def test_what_cannot_be_traced_is_no_error() -> None:

@@ -77,6 +77,7 @@ def test_a_plan_as_json_stands_alone_on_stdout_and_its_supervisor_never_loads_to
         (["trian"], 2, ["train"]),
         (["plan", "--profile", "fsat"], 2, ["no profile 'fsat'", "did you mean fast?"]),
         (["plan", "--model", "tiny-t6"], 2, ["tiny-t5"]),
+        (["plan", "--gpu", "RTX 3085"], 2, ["no card 'RTX 3085'", "RTX 3080"]),
         (["plan", "--memory-limit", "lots"], 2, ["'lots'", "6GiB"]),
         (["plan", "--headroom", "150%"], 2, ["'150%'"]),
         (["plan", "--precision", "fp16", "--model", "tiny-t5"], 2, ["T5", "bf16"]),
@@ -164,3 +165,15 @@ def test_a_plan_for_people_says_the_batch_the_reason_and_the_command(dialogues: 
     assert "logits and loss" in done.stdout
     assert f"chatlm train --auto --profile small --data {dialogues} --max-seq-len 64 --epochs 1.0" in done.stdout
     assert "RANDOM weights" in done.stderr
+
+
+def test_a_card_that_is_not_here_is_planned_for_by_the_trace(dialogues: Path, chatlm: CommandRunner) -> None:
+    asked = ("plan", "--gpu", "rtx 3090", "--gpus", 2, "--data", dialogues, "--effective-batch-size", 9)
+    plan = json.loads(chatlm(*asked, "--json").stdout)
+    assert (plan["evidence"]["kind"], plan["evidence"]["trials"]) == ("estimated", [])
+    assert (plan["hardware"]["device"], plan["hardware"]["device_name"]) == ("cuda", "RTX 3090")
+    assert (plan["batching"]["micro_batch_size"], plan["batching"]["world_size"]) == (5, 2)
+    done = chatlm(*asked)
+    assert "5 rows x 1 accumulation x 2 ranks = effective batch 9, exactly" in done.stdout
+    assert "Estimated by the trace alone" in done.stdout
+    assert "give or take 15%" in done.stdout
