@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, TypeAdapter
 
-from autotune.plan import Device, Fact, Plan, Shape, Stage, Task, Timed, Timing, Traced, Workload
+from autotune.plan import Device, Fact, Plan, Stage, Task, Timed, Timing, Traced, Workload
 
 DRY_MICRO_BATCHES = 2
 """Micro-batches in a dry step: the second one meets resident gradients, as all but the first do in training."""
@@ -111,6 +111,15 @@ class TraceReport(Fact):
     traced: tuple[Traced, ...]
 
 
+class Excerpt(Fact):
+    """The first samples of a run, as it will take them: what micro-batches of several sizes are timed on."""
+
+    store: str
+    seed: int
+    sizes: tuple[PositiveInt, ...]
+    """The first always, the others as long as it takes little."""
+
+
 class Dry(Fact):
     """Take dry steps of one size, and say what they held and how long they took."""
 
@@ -118,8 +127,8 @@ class Dry(Fact):
     workload: Workload
     device: Device
     micro_batch_size: PositiveInt
-    timed: tuple[Shape, ...]
-    """What to time beside: the first always, the others as long as it takes little."""
+    excerpt: Excerpt | None
+    """What to time beside; None without data."""
 
 
 class DryReport(Fact):

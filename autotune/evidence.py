@@ -18,10 +18,11 @@ class Evidence(Fact):
     """Everything a plan was made from: replayed, it gives the same plan on a machine without the device."""
 
     workload: Workload
+    """As it was asked for: the allocator's setting may have been changed since."""
     hardware: Hardware
     budget_bytes: int
     process_bytes: int
-    """What a worker holds besides tensors, before anything was tried."""
+    """What a worker held before there was a model, as the trace reported it."""
     traced: tuple[Traced, ...]
     trials: tuple[Trial, ...]
 
@@ -80,8 +81,8 @@ def fit(trials: Iterable[Trial], traced: Sequence[Traced] = (), process_bytes: i
         return MemoryModel(traced=traced, beyond=beyond) if traced else None
     last = completed[-1]
     here = _beyond(last, traced)
-    if len(completed) > 1:
-        apart = [t for t in completed[:-1] if t.micro_batch_size <= APART * last.micro_batch_size]
+    apart = [t for t in completed[:-1] if t.micro_batch_size <= APART * last.micro_batch_size]
+    if apart or (len(completed) > 1 and not traced):
         other = apart[-1] if apart else completed[0]
         lower, there = other.micro_batch_size, _beyond(other, traced)
     elif traced:

@@ -8,7 +8,7 @@ from math import ceil
 from statistics import median
 
 from autotune.batching import balanced_cuts, largest_share
-from autotune.plan import Batching, Forecast, Shape, Speed, Timed, Trial, Workload
+from autotune.plan import Batching, Forecast, Speed, Timed, Trial, Workload
 
 Histogram = Sequence[tuple[int, int]]
 """Length in tokens and how many samples have it, rising by length."""
@@ -35,38 +35,13 @@ def rounded(histogram: Histogram, multiple: int, limit: int) -> Histogram:
     return [(min(ceil(length / multiple) * multiple, limit), count) for length, count in histogram]
 
 
-def expected_shape(
-    rows: int, lengths: Sequence[Histogram], target_tokens_per_sample: float, workload: Workload
-) -> Shape:
-    """Return the micro-batch of so many rows that this data is expected to give; the worst case without data."""
-    limits = (workload.max_seq_len, workload.max_target_len)
-    if not lengths:
-        every = workload.max_target_len or max(1, workload.max_seq_len - 1)
-        return Shape(rows=rows, seq_len=limits[0], target_len=limits[1], target_tokens=every)
-    sides = [min(limit, round(expected_longest(h, rows))) for h, limit in zip(lengths, limits, strict=False)]
-    return Shape(
-        rows=rows,
-        seq_len=max(2, sides[0]),
-        target_len=sides[1] if len(sides) > 1 else 0,
-        target_tokens=max(1, min(round(target_tokens_per_sample), sides[-1])),
-    )
-
-
 def faster_size(timed: Sequence[Timed], factor: float) -> int | None:
-    """Return the size that gave the most rows a second, if in each repeat it beat the first by this factor."""
+    """Return the size that took the least time, if in each repeat it beat the first by this factor."""
     if not timed:
         return None
     own, *others = timed
-
-    def rate(one: Timed) -> float:
-        return one.shape.rows / median(one.seconds)
-
-    def beats(one: Timed) -> bool:
-        pairs = zip(one.seconds, own.seconds, strict=True)
-        return all(one.shape.rows / a > factor * own.shape.rows / b for a, b in pairs)
-
-    best = max(filter(beats, others), key=rate, default=None)
-    return None if best is None else best.shape.rows
+    beat = [t for t in others if all(factor * a < b for a, b in zip(t.seconds, own.seconds, strict=True))]
+    return min(beat, key=lambda t: median(t.seconds)).rows if beat else None
 
 
 def measure_speed(trial: Trial, workload: Workload, batching: Batching) -> Speed | None:
@@ -126,8 +101,8 @@ def forecast(
     """Say what a run takes: steps of the last epoch smaller, not dropped, and rows padded to the longest beside them.
 
     `lengths` are one histogram for a causal model, source and target for seq2seq, rounded as micro-batches are;
-    `validation` the same of the validation data, empty where there is none. `timed` is the micro-batch that is expected
-    of this data: seconds being linear in its tokens, those of the expected one are the expected ones.
+    `validation` the same of the validation data, empty where there is none. `timed` is what samples
+    of this data took at the size that runs, where that is known.
     """
     steps = ceil(samples / batching.effective_batch_size)
     total_steps = max(1, ceil(steps * epochs))
@@ -139,7 +114,7 @@ def forecast(
     if timed is None:
         micro_batches = len(cuts) * speed.alpha_seconds + padded * speed.beta_seconds_per_token
     else:
-        micro_batches = median(timed.seconds) * share / timed.shape.rows
+        micro_batches = median(timed.seconds) * share / timed.samples
     whole_steps = samples / min(samples, batching.effective_batch_size)
     seconds_per_epoch = micro_batches * whole_steps + steps * speed.update_seconds
     validation_seconds = 0.0

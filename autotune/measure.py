@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
-from autotune.errands import Dry, DryReport, Trace, TraceReport
-from autotune.plan import Hardware, Outcome, Shape, Trial, Workload
+from autotune.errands import Dry, DryReport, Excerpt, Trace, TraceReport
+from autotune.plan import Hardware, Outcome, Trial, Workload
 from autotune.process import Worker, WorkerCrashedError, ask, held_bytes
 
 TIME_LIMIT_SECONDS = 600.0
@@ -34,14 +34,14 @@ def try_size(
     limit_bytes: int,
     predicted_peak_bytes: int | None = None,
     time_limit_seconds: float | None = TIME_LIMIT_SECONDS,
-    timed: tuple[Shape, ...] = (),
+    excerpt: Excerpt | None = None,
 ) -> Trial:
     """Take the dry steps of one size, and say what happened.
 
     A worker that holds more than the limit on a processor is ended before the system's own killer has to. Death by
     signal 9 is the fact "does not fit". Raises WorkerCrashedError for any other death: that is a bug, not a size.
     """
-    errand = Dry(workload=workload, device=hardware.device, micro_batch_size=micro_batch_size, timed=timed)
+    errand = Dry(workload=workload, device=hardware.device, micro_batch_size=micro_batch_size, excerpt=excerpt)
     report: DryReport | None = None
     outcome: Outcome | None = None
     message = ""

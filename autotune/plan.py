@@ -157,22 +157,14 @@ class Timing(Fact):
     """Of the optimizer."""
 
 
-class Shape(Fact):
-    """A micro-batch as it is expected of the data: rows as long as the longest of them, with their target tokens."""
+class Timed(Fact):
+    """How long forward and backward of so many samples of the data took, in micro-batches of so many rows.
+
+    Repeats take other samples, the same for every size.
+    """
 
     rows: PositiveInt
-    seq_len: PositiveInt
-    """Tokens of a row: of the sequence (causal) or of the source (seq2seq)."""
-    target_len: int
-    """Of its target row (seq2seq); 0 for a causal model."""
-    target_tokens: PositiveInt
-    """That a row is trained on."""
-
-
-class Timed(Fact):
-    """How long forward and backward of a shape took, in repeats that alternate with those of other shapes."""
-
-    shape: Shape
+    samples: PositiveInt
     seconds: tuple[float, ...]
 
 
@@ -187,7 +179,7 @@ class Trial(Fact):
     """None when the trial did not live to tell."""
     predicted_peak_bytes: int | None
     phases: dict[str, int]
-    """Peak of each phase: forward_backward, optimizer, evaluation."""
+    """Peak of each phase: start (the model alone), forward_backward, optimizer, evaluation."""
     resident_bytes: int | None
     """Held whatever the size: process, weights, gradients, optimizer state."""
     host_peak_bytes: int | None

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autotune.batching import balanced_size, largest_share, reach
-from autotune.errands import DataSummary, Recipe, TraceReport
+from autotune.errands import DataSummary, Excerpt, Recipe, TraceReport
 from autotune.errors import ConfigurationError, NothingFitsError
 from autotune.evidence import Evidence, MemoryModel, fit, traced_bytes, traced_items
-from autotune.forecast import Histogram, expected_shape, faster_size, forecast, measure_speed, rounded
+from autotune.forecast import Histogram, faster_size, forecast, measure_speed, rounded
 from autotune.measure import TIME_LIMIT_SECONDS, trace_sizes, try_size
 from autotune.plan import (
     SCHEMA,
@@ -21,7 +21,6 @@ from autotune.plan import (
     LimitedBy,
     Memory,
     Plan,
-    Shape,
     Speed,
     Traced,
     Trial,
@@ -54,7 +53,7 @@ SHORTEST_SEQUENCE = 64
 
 Trials = Generator[Trial, None, None]
 TraceSizes = Callable[[Workload, Hardware, tuple[int, ...]], TraceReport | None]
-Measure = Callable[[Workload, Hardware, int, int, int | None, float | None, tuple[Shape, ...]], Trial]
+Measure = Callable[[Workload, Hardware, int, int, int | None, float | None, Excerpt | None], Trial]
 """Tries one size: rows, limit and predicted peak in bytes, most seconds, what to time -> what happened.
 
 Recorded trials replay in its place.
@@ -126,19 +125,19 @@ class Planner:
         self._measure, self._trace = measure, trace
         self.budget = set_budget(hardware, request.memory_limit_bytes, request.headroom)
         self._tried: list[Trial] = []
-        self._traced: tuple[Traced, ...] = ()
-        self._process_bytes = 0
+        self._asked = workload
+        self._report = TraceReport(process_bytes=0, traced=())
         self.plan: Plan | None = None
 
     @property
     def evidence(self) -> Evidence:
         """What the plan rests on: replayed, it gives the same plan."""
         return Evidence(
-            workload=self._workload,
+            workload=self._asked,
             hardware=self._hardware,
             budget_bytes=self.budget.budget_bytes,
-            process_bytes=self._process_bytes,
-            traced=self._traced,
+            process_bytes=self._report.process_bytes,
+            traced=self._report.traced,
             trials=tuple(self._tried),
         )
 
@@ -228,9 +227,17 @@ class Planner:
     def _trace_step(self) -> None:
         report = self._trace(self._workload, self._hardware, sizes_to_trace(self._share))
         if report is not None:
-            self._traced = report.traced
-            on_cpu = self._hardware.device == "cpu"
-            self._process_bytes = report.process_bytes + LIBRARIES_BYTES if on_cpu else CUDA_CONTEXT_BYTES
+            self._report = report
+
+    @property
+    def _traced(self) -> tuple[Traced, ...]:
+        return self._report.traced
+
+    @property
+    def _process_bytes(self) -> int:
+        """What is held besides tensors, as far as is known before anything was tried."""
+        on_cpu = self._hardware.device == "cpu"
+        return self._report.process_bytes + LIBRARIES_BYTES if on_cpu else CUDA_CONTEXT_BYTES
 
     @property
     def _model(self) -> MemoryModel | None:
@@ -240,27 +247,27 @@ class Planner:
         model = self._model
         predicted = model.peak_bytes(rows) if model else None
         seconds = TIME_LIMIT_SECONDS if self._request.micro_batch_size is None else None
-        limit, shapes = self.budget.limit_bytes, self._shapes(rows)
-        trial = self._measure(self._workload, self._hardware, rows, limit, predicted, seconds, shapes)
+        limit, excerpt = self.budget.limit_bytes, self._excerpt(rows)
+        trial = self._measure(self._workload, self._hardware, rows, limit, predicted, seconds, excerpt)
         self._tried.append(trial)
         yield trial
 
-    def _shapes(self, rows: int) -> tuple[Shape, ...]:
-        """Return what to time beside a size: what data gives at it; and at smaller ones, if this is what would run."""
+    def _excerpt(self, rows: int) -> Excerpt | None:
+        """Say what to time beside a size: real samples at it; and at smaller ones, if this is what would run."""
+        if self._data is None:
+            return None
         sizes = [rows]
         if self._request.prefer == "auto" and self._request.micro_batch_size is None and rows == self._runs_at():
-            for _ in range(SMALLER_SIZES):
-                if sizes[-1] > 1:
-                    sizes.append(balanced_size(self._share, sizes[-1] // 2))
-        lengths = self._lengths(self._data)
-        targets = self._data.target_tokens / self._data.samples if self._data else 0.0
-        return tuple(expected_shape(size, lengths, targets, self._workload) for size in sizes)
+            while sizes[-1] > 1 and len(sizes) <= SMALLER_SIZES:
+                sizes.append(balanced_size(self._share, sizes[-1] // 2))
+        return Excerpt(store=self._data.store, seed=self._recipe.seed, sizes=tuple(sizes))
 
     def _runs_at(self) -> int:
         """Return the size that a run would use by what is known so far, 0 if nothing is known."""
         model, budget, share = self._model, self.budget.budget_bytes, self._share
         largest = largest_safe(self._trials, budget)
-        fits = largest_predicted(model, budget, largest, share + 1) if model else largest
+        failed = [t.micro_batch_size for t in self._trials if t.micro_batch_size > largest and not is_safe(t, budget)]
+        fits = largest_predicted(model, budget, largest, min(failed, default=share + 1)) if model else largest
         return balanced_size(share, fits) if fits else 0
 
     def _search(self) -> Trials:
@@ -283,7 +290,7 @@ class Planner:
         if model is None:
             return not trials  # nothing is known yet
         if trials and not trials[-1].completed:
-            return False
+            return trials[-1].outcome == "timed_out"  # which more memory would not mend
         rows = self._share if self._traced or len(trials) > 1 else trials[0].micro_batch_size
         room = AMPLE if trials else AMPLE_BY_TRACE
         return room * model.peak_bytes(rows) <= self.budget.budget_bytes
@@ -292,11 +299,14 @@ class Planner:
         """Balance the micro-batches below the largest safe one; take a smaller size only where it is faster."""
         budget, share = self.budget.budget_bytes, self._share
         largest = largest_safe(self._trials, budget)
-        rows = balanced_size(share, largest)
-        while rows not in (tried := {t.micro_batch_size: t for t in self._trials}):
-            yield from self._try(rows)
-        if not is_safe(tried[rows], budget):
-            rows = largest  # memory need not be monotone in rows; the largest safe one was measured
+        rows = largest + 1
+        while True:  # memory need not be monotone in rows: what the balanced cut uses has to be safe itself
+            rows = balanced_size(share, rows - 1)
+            if rows not in (tried := {t.micro_batch_size: t for t in self._trials}):
+                yield from self._try(rows)
+                tried = {t.micro_batch_size: t for t in self._trials}
+            if rows == 1 or is_safe(tried[rows], budget):
+                break
         limited_by: LimitedBy = "memory"
         if rows == share:
             whole = largest_share(self._request.effective_batch_size, self._hardware.world_size)
@@ -334,7 +344,7 @@ class Planner:
             f"gradients and optimizer state alone take {_state_bytes(self._workload) / GIB:.2f} GiB"
         )
         for change, workload in milder(self._workload):
-            trial = self._measure(workload, self._hardware, 1, budget.limit_bytes, None, TIME_LIMIT_SECONDS, ())
+            trial = self._measure(workload, self._hardware, 1, budget.limit_bytes, None, TIME_LIMIT_SECONDS, None)
             yield trial
             if is_safe(trial, budget.budget_bytes):
                 raise NothingFitsError(message, f"{change} would fit: {(trial.peak_bytes or 0) / GIB:.2f} GiB")
@@ -387,17 +397,22 @@ class Planner:
         assert trial.resident_bytes is not None
         if not self._traced:
             return itemise(self._workload, trial.resident_bytes, trial.peak_bytes)
-        items = {name: round(size) for name, size in traced_items(self._traced, trial.micro_batch_size).items()}
-        process = min(self._process_bytes, max(0, trial.peak_bytes - sum(items.values())))
-        return items | {"process": process, "allocator": trial.peak_bytes - sum(items.values()) - process}
+        items = traced_items(self._traced, trial.micro_batch_size)
+        # A trace that is too high is so in what grows with rows, and the process is there in any case.
+        room = max(0, trial.peak_bytes - self._process_bytes)
+        scale = min(1.0, room / max(1.0, sum(items.values())))
+        whole = {name: int(scale * size) for name, size in items.items()}
+        process = min(self._process_bytes, trial.peak_bytes)
+        return whole | {"process": process, "allocator": trial.peak_bytes - sum(whole.values()) - process}
 
     def _forecast(self, batching: Batching, speed: Speed | None, trial: Trial) -> Forecast | None:
         if self._data is None or speed is None:
             return None
         recipe, samples = self._recipe, self._data.samples
         lengths, validation = self._lengths(self._data), self._lengths(self._validation)
-        timed = trial.timed[0] if trial.timed else None
-        return forecast(samples, recipe.epochs, recipe.max_steps, lengths, validation, batching, speed, timed)
+        timed = [t for tried in self._trials for t in tried.timed if t.rows == trial.micro_batch_size]
+        most = max(timed, key=lambda t: t.samples * len(t.seconds), default=None)
+        return forecast(samples, recipe.epochs, recipe.max_steps, lengths, validation, batching, speed, most)
 
     def _lengths(self, data: DataSummary | None) -> list[Histogram]:
         """Return the lengths that rows of this data are padded to."""
@@ -425,9 +440,11 @@ def _estimated(model: MemoryModel, rows: int) -> int:
 def check_room(plan: Plan, budget: Budget) -> None:
     """Raise NothingFitsError where a plan that was made earlier, or elsewhere, needs more than there is now."""
     peak = plan.memory.measured_peak_bytes or plan.memory.predicted_peak_bytes or 0
+    if plan.workload.cpu_allocator == "fast":
+        peak = round(AMPLE * peak)
     if peak > budget.budget_bytes:
         raise NothingFitsError(
-            f"the plan holds {peak / GIB:.2f} GiB at its peak, the budget here and now is "
+            f"the plan may hold {peak / GIB:.2f} GiB at its peak, the budget here and now is "
             f"{budget.budget_bytes / GIB:.2f} GiB ({budget.limit_bytes / GIB:.2f} GiB by {budget.limit_from}, "
             f"less {budget.headroom_bytes / GIB:.2f} GiB of headroom)",
             "close other programs, or plan again with --auto: the effective batch stays the same",
@@ -479,7 +496,7 @@ def summarise(trials: Sequence[Trial], kind: Literal["measured", "estimated"] = 
     return EvidenceSummary(
         kind=kind,
         dry_steps=sum(len(t.timings) for t in trials),
-        timing_steps=0,
+        timing_steps=sum(len(timed.seconds) for t in trials for timed in t.timed),
         trials=tuple(trials),
         out_of_memory_count=sum(t.outcome in ("out_of_memory", "killed") for t in trials),
         seconds=sum(t.seconds for t in trials),

@@ -15,6 +15,9 @@ FINE = 10
 """A gain of less than one row in ten is not worth another trial."""
 SURE = 0.75
 """Share of the budget up to which the trace alone is believed: before any trial it was seen to be up to 15 % low."""
+TOO_SLOW = 8
+"""A size that took too long is not approached again: the next has so many times fewer rows, and the first safe one ends
+it."""
 SPREAD = 4
 """Each traced size has so many times the rows of the one before."""
 
@@ -55,6 +58,8 @@ def next_size(
         (t.micro_batch_size for t in trials if t.micro_batch_size > low and not is_safe(t, budget_bytes)),
         default=largest + 1,
     )
+    if any(t.outcome == "timed_out" for t in trials):
+        return None if low or high <= 1 else max(1, high // TOO_SLOW)
     if low == 0:
         return _smaller(model, budget_bytes, high)
     if low >= high - 1:
@@ -93,7 +98,9 @@ def _inside(
         return None
     if has_failed and model.peak_bytes(high) <= budget_bytes:
         return (low + high) // 2  # memory is not what the model says: halve the bracket
-    predicted = largest_predicted(model, budget_bytes, low, high)
+    # Next to a size that failed, what is predicted to fit by a hair will not.
+    margin = high // (2 * FINE) if has_failed else 0
+    predicted = min(largest_predicted(model, budget_bytes, low, high), max(low, high - 1 - margin))
     if not model.traced and sum(t.completed for t in trials) == 1 and predicted < high - 1:
         half = (budget_bytes + model.peak_bytes(low)) // 2
         return max(low + 1, largest_predicted(model, half, low, high))

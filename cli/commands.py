@@ -159,6 +159,8 @@ def _decide(resolved: Resolved, *, search: bool, demo: bool) -> tuple[Preprocess
         say("tracing the step, to know what will fit")
     for trial in planner.make():
         say(trial_line(trial, hardware.device))
+    if search and not planner.evidence.traced:
+        warn("this model cannot be traced: it was planned by dry steps alone")
     return facts, planner
 
 

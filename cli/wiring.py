@@ -113,11 +113,16 @@ def make_request(resolved: Resolved, world_size: int, *, search: bool) -> Reques
                     "leave one of the three out",
                 )
             effective = reached
-    elif accumulation is not None and (rows is None or typed("gradient_accumulation_steps")):
+    elif accumulation is not None and typed("gradient_accumulation_steps"):
         rows = ceil(effective / (world_size * accumulation))
         _check_accumulation(effective, world_size, accumulation, rows)
-    elif rows is not None:
-        rows = None if search else min(rows, largest_share(effective, world_size))
+    else:  # what stands there is a profile's
+        if rows is not None and accumulation is not None and resolved.origins["effective_batch_size"] == "default":
+            effective = rows * accumulation * world_size
+        elif rows is None and accumulation is not None:
+            rows = ceil(effective / (world_size * accumulation))
+        if rows is not None:
+            rows = None if search else min(rows, largest_share(effective, world_size))
     limit, headroom = memory_wishes(settings)
     return Request(
         effective_batch_size=effective,
@@ -262,8 +267,9 @@ def write_run(folder: Path, resolved: Resolved, settings: Settings, plan: Plan, 
     """Write what the run was given: `config.toml` with the origin of every value, `plan.json`, `evidence.json`."""
     import json
 
+    # What this run alone decided is a comment: the file can be given as --config to another.
     lines = [
-        f"{name} = {json.dumps(value, ensure_ascii=False)}  # {origin}"
+        f"{'# ' * (origin in OF_THIS_RUN)}{name} = {json.dumps(value, ensure_ascii=False)}  # {origin}"
         for name, (value, origin) in _decided(resolved, settings, plan, folder).items()
         if value is not None
     ]
@@ -273,16 +279,19 @@ def write_run(folder: Path, resolved: Resolved, settings: Settings, plan: Plan, 
         (folder / "evidence.json").write_text(evidence + "\n", encoding="utf-8")
 
 
+OF_THIS_RUN = ("plan", "this run")
+
+
 def _decided(resolved: Resolved, settings: Settings, plan: Plan, folder: Path) -> dict[str, tuple[Any, str]]:
     """Return every setting with its value in force and its origin: what was left to us says by what it was decided."""
     batching, workload = plan.batching, plan.workload
-    by_rule = {
+    by_rule: dict[str, Any] = {
         "learning_rate": LEARNING_RATES[workload.stage],
         "precision": workload.precision,
         "stage": workload.stage,
-        "output_dir": str(folder),
     }
     by_plan = {
+        "output_dir": str(folder),
         "batch_size_per_gpu": batching.micro_batch_size,
         "effective_batch_size": batching.effective_batch_size,
         "gradient_accumulation_steps": batching.gradient_accumulation_steps,
@@ -293,7 +302,7 @@ def _decided(resolved: Resolved, settings: Settings, plan: Plan, folder: Path) -
         if value in (None, "auto") and name in by_rule:
             decided[name] = (by_rule[name], "rule")
         elif (planned := by_plan.get(name, value)) != asked:
-            decided[name] = (planned, "plan")
+            decided[name] = (planned, "this run" if name == "output_dir" else "plan")
         else:
             decided[name] = (value, origin)
     return decided

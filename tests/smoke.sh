@@ -9,6 +9,7 @@ cd "$work" # so that nothing is found but what was installed
 chatlm --help > /dev/null
 chatlm profiles
 chatlm plan --max-seq-len 64 --effective-batch-size 8
+chatlm plan --gpu T4 --max-seq-len 64 --effective-batch-size 8
 for model in tiny tiny-t5; do
     chatlm plan --model "$model" --max-seq-len 64 --effective-batch-size 8 --memory-limit 2GiB --json > plan.json
     chatlm train --auto --model "$model" --max-seq-len 64 --effective-batch-size 8 --max-steps 5 --output-dir "auto-$model"

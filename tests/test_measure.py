@@ -6,15 +6,18 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from test_planner import PROCESSOR
 from tiny_models import workload
 
-from autotune.errands import DRY_LENGTHS
+from autotune.errands import DRY_LENGTHS, Excerpt
 from autotune.measure import try_size
 from autotune.plan import Workload
+from trainer.data import write_store
+from trainer.encode import Sample
 
 GIB = 2**30
 WORK = workload("llama", model="tiny", vocabulary_size=6400, max_seq_len=128, cpu_allocator="tight")
@@ -30,6 +33,16 @@ def test_a_size_that_fits_tells_peaks_and_times() -> None:
     assert [t.padded_tokens for t in trial.timings] == [round(2 * 128 * share) for share in DRY_LENGTHS]
     assert trial.seconds > 2 * sum(t.seconds for t in trial.timings)
     assert trial.predicted_peak_bytes == 5
+
+
+def test_real_samples_are_timed_at_each_size_in_turn(tmp_path: Path) -> None:
+    samples = [Sample(list(range(2, 2 + length)), [(1, length)]) for length in range(8, 108)]
+    write_store(samples, tmp_path, "causal", WORK.vocabulary_size)
+    excerpt = Excerpt(store=str(tmp_path), seed=42, sizes=(8, 2))
+    trial = try_size(WORK, PROCESSOR, 8, limit_bytes=8 * GIB, excerpt=excerpt)
+    assert [(timed.rows, timed.samples, len(timed.seconds)) for timed in trial.timed] == [(8, 8, 3), (2, 8, 3)]
+    assert all(seconds > 0 for timed in trial.timed for seconds in timed.seconds)
+    assert try_size(WORK, PROCESSOR, 2, limit_bytes=8 * GIB).timed == ()
 
 
 def test_more_rows_hold_more() -> None:

@@ -14,7 +14,7 @@ from tiny_models import build, workload
 from autotune.plan import Task, Workload
 from trainer.data import TokenStore, write_store
 from trainer.encode import Sample
-from trainer.microbatch import IGNORED, MicroBatch, SpecialTokens, collate, lay_out, target_count, worst_case
+from trainer.microbatch import IGNORED, MicroBatch, SpecialTokens, WorstCase, collate, lay_out, target_count
 
 FAMILY: dict[Task, str] = {"causal": "llama", "seq2seq": "t5"}
 SPECIAL = SpecialTokens(pad=0, decoder_start=1)
@@ -186,12 +186,12 @@ def test_a_batch_moves_to_a_device_whole() -> None:
 def test_the_worst_case_fills_its_limits_with_targets(task: Task, limit: int) -> None:
     target_limit = limit + 3 if task == "seq2seq" else 0
     work = workload(FAMILY[task], max_seq_len=limit, max_target_len=target_limit)
-    batch = collate(range(3), worst_case(work), work, SPECIAL)
+    batch = collate(range(3), WorstCase(work), work, SPECIAL)
     assert batch.inputs["input_ids"].shape == (3, limit)
     assert batch.padded_tokens == batch.tokens == 3 * work.tokens_per_row
     # The first token of a causal row has none before it that could predict it.
     real = int((batch.targets != IGNORED).sum())
-    assert real == target_count(range(3), worst_case(work)) == 3 * (target_limit or limit - 1)
+    assert real == target_count(range(3), WorstCase(work)) == 3 * (target_limit or limit - 1)
     assert real <= len(batch.targets) <= 3 * (target_limit or limit)
     assert int(batch.inputs["input_ids"].max()) < work.vocabulary_size
 
@@ -199,11 +199,11 @@ def test_the_worst_case_fills_its_limits_with_targets(task: Task, limit: int) ->
 @pytest.mark.parametrize(("share", "source", "target"), [(1.0, 64, 32), (0.75, 48, 24), (0.5, 32, 16), (0.01, 2, 1)])
 def test_a_share_of_the_worst_case_is_that_share_of_each_limit(share: float, source: int, target: int) -> None:
     causal = workload("llama", max_seq_len=64)
-    assert len(worst_case(causal, share).tokens(0)) == source
-    assert worst_case(causal, share).spans(0).tolist() == [[1, source]]
+    assert len(WorstCase(causal, share).tokens(0)) == source
+    assert WorstCase(causal, share).spans(0).tolist() == [[1, source]]
     seq2seq = workload("t5", max_seq_len=64, max_target_len=32)
-    assert len(worst_case(seq2seq, share).tokens(0)) == source + target
-    assert worst_case(seq2seq, share).spans(0).tolist() == [[source, source + target]]
+    assert len(WorstCase(seq2seq, share).tokens(0)) == source + target
+    assert WorstCase(seq2seq, share).spans(0).tolist() == [[source, source + target]]
 
 
 @settings(deadline=None)
@@ -212,7 +212,7 @@ def test_no_batch_is_larger_than_the_worst_case(given: tuple[list[Sample], Workl
     """So a plan that holds for it holds for all data."""
     samples, work = given
     rows = range(len(samples))
-    batch, worst = (collate(rows, source, work, SPECIAL) for source in (Memory(samples), worst_case(work)))
+    batch, worst = (collate(rows, source, work, SPECIAL) for source in (Memory(samples), WorstCase(work)))
     assert batch.inputs.keys() == worst.inputs.keys()
     assert all(tensor.nbytes <= worst.inputs[name].nbytes for name, tensor in batch.inputs.items())
     assert batch.padded_tokens <= worst.padded_tokens

@@ -37,6 +37,7 @@ from autotune.errands import (
     DataSummary,
     Dry,
     DryReport,
+    Excerpt,
     ModelSummary,
     Preprocess,
     Preprocessed,
@@ -61,7 +62,6 @@ from autotune.plan import (
     Forecast,
     Memory,
     Plan,
-    Shape,
     Speed,
     Timed,
     Timing,
@@ -324,11 +324,11 @@ PREPROCESS = Preprocess(
     cache_dir="/cache",
 )
 RECIPE = recipe(epochs=0.5, weight_decay=0.0, clip=0.0)
-SHAPE = Shape(rows=4, seq_len=128, target_len=0, target_tokens=60)
+EXCERPT = Excerpt(store="/cache/tokens/5f0c", seed=42, sizes=(4, 2))
 ERRANDS = [
     PREPROCESS,
     Trace(workload=workload(), micro_batch_sizes=(1, 4)),
-    Dry(workload=workload(), device="cpu", micro_batch_size=4, timed=(SHAPE,)),
+    Dry(workload=workload(), device="cpu", micro_batch_size=4, excerpt=EXCERPT),
     Train(
         plan=plan(),
         recipe=RECIPE,
@@ -364,7 +364,7 @@ ANSWERS = [
         resident_bytes=MIB,
         host_peak_bytes=GIB,
         timings=timed(1, (512, 0.5)).timings,
-        timed=(Timed(shape=SHAPE, seconds=(0.1, 0.2)),),
+        timed=(Timed(rows=4, samples=4, seconds=(0.1, 0.2)),),
         evaluation_seconds=0.1,
     ),
 ]

@@ -9,12 +9,13 @@ import facts
 import pytest
 from tiny_models import workload
 
-from autotune.errands import DataSummary, TraceReport
+from autotune.batching import balanced_cuts
+from autotune.errands import DataSummary, Excerpt, TraceReport
 from autotune.errors import ConfigurationError, NothingFitsError
 from autotune.evidence import Evidence
 from autotune.measure import TIME_LIMIT_SECONDS
-from autotune.plan import Hardware, Plan, Shape, Timed, Timing, Trial, Workload
-from autotune.planner import LIBRARIES_BYTES, Budget, Planner, Request, check_room
+from autotune.plan import Hardware, Plan, Timed, Timing, Trial, Workload
+from autotune.planner import AMPLE, Budget, Planner, Request, check_room
 
 MIB = 2**20
 GIB = 2**30
@@ -45,7 +46,7 @@ class Machine:
         limit: int,
         predicted: int | None,
         seconds: float | None,
-        timed: tuple[Shape, ...],
+        excerpt: Excerpt | None,
     ) -> Trial:
         self.tried.append((work.cpu_allocator, rows))
         self.time_limits.append(seconds)
@@ -65,7 +66,10 @@ class Machine:
                 Timing(padded_tokens=round(tokens * s), seconds=took * s, update_seconds=0)
                 for s in (1, 0.5, 0.75, 1, 1)
             ),
-            timed=tuple(Timed(shape=shape, seconds=(self.seconds_of(shape, work),) * 3) for shape in timed),
+            timed=tuple(
+                Timed(rows=size, samples=rows, seconds=(rows * self.seconds_per_row(size),) * 3)
+                for size in (excerpt.sizes if excerpt else ())
+            ),
             evaluation_seconds=took / 4,
             seconds=1.0,
             message="" if fits else "no more",
@@ -74,10 +78,6 @@ class Machine:
     def grown(self, work: Workload, rows: int) -> float:
         checkpointed = 0.25 if work.gradient_checkpointing == "on" else 1.0
         return self.per_row * rows * checkpointed * work.max_seq_len / 32
-
-    def seconds_of(self, shape: Shape, work: Workload) -> float:
-        tokens = shape.seq_len + shape.target_len
-        return shape.rows * self.seconds_per_row(shape.rows) * tokens / work.tokens_per_row
 
     def trace(self, work: Workload, hardware: Hardware, sizes: tuple[int, ...]) -> TraceReport | None:
         """Half of what is fixed are tensors, the rest the process and what no trace tells."""
@@ -173,22 +173,13 @@ def test_a_smaller_size_is_taken_only_where_it_is_faster_and_not_if_the_largest_
     def slow_when_large(rows: int) -> float:
         return 0.01 if rows < 20 else 0.02
 
-    by_speed = plan_on(Machine(GIB, MIB, slow_when_large), effective_batch_size=64)
+    by_speed = plan_on(Machine(GIB, MIB, slow_when_large), effective_batch_size=64, data=data_of(1000))
     assert by_speed.batching.limited_by == "speed"
     assert by_speed.batching.micro_batch_size < 20
-    largest = plan_on(Machine(GIB, MIB, slow_when_large), effective_batch_size=64, prefer="largest")
-    assert largest.batching.micro_batch_size == 64
-
-
-def test_a_smaller_size_that_pads_less_is_faster_where_a_micro_batch_costs_nothing_by_itself() -> None:
-    uneven = data_of(1000).model_copy(update={"lengths": (((8, 900), (32, 100)),)})
-    assert plan_on(Machine(GIB, MIB), data=uneven, effective_batch_size=64).batching.limited_by == "speed"
-
-    def costly(rows: int) -> float:
-        return 0.01 + 0.2 / rows
-
-    plan = plan_on(Machine(GIB, MIB, costly), data=uneven, effective_batch_size=64)
-    assert (plan.batching.micro_batch_size, plan.batching.limited_by) == (64, "effective_batch")
+    assert by_speed.batching.micro_batch_size in {t.micro_batch_size for t in by_speed.evidence.trials}
+    for changes in ({"prefer": "largest", "data": data_of(1000)}, {"data": None}):
+        plan = plan_on(Machine(GIB, MIB, slow_when_large), effective_batch_size=64, **changes)
+        assert plan.batching.micro_batch_size == 64
 
 
 def test_a_size_the_user_fixed_is_measured_and_kept() -> None:
@@ -223,6 +214,36 @@ def test_one_row_that_takes_too_long_is_not_told_as_lack_of_memory() -> None:
         plan_on(Slow(GIB, MIB))
 
 
+def test_a_size_that_takes_too_long_is_not_tried_again_nor_taken_for_lack_of_memory() -> None:
+    class Slow(Machine):
+        def measure(self, work: Workload, hardware: Hardware, rows: int, *rest: Any) -> Trial:
+            trial = super().measure(work, hardware, rows, *rest)
+            if rows < 7:
+                return trial
+            return facts.out_of_memory(rows, outcome="timed_out", cpu_allocator=work.cpu_allocator)
+
+    machine = Slow(GIB // 2, MIB)
+    plan = plan_on(machine, PROCESSOR, prefer="largest")
+    assert machine.tried == [("fast", 240), ("fast", 30), ("fast", 3)]
+    assert plan.batching.micro_batch_size == 3
+
+
+def test_items_are_never_negative_though_the_trace_be_too_high() -> None:
+    class Exaggerated(Machine):
+        def trace(self, *asked: Any) -> TraceReport:
+            report = super().trace(*asked)
+            assert report is not None
+            traced = (
+                facts.traced(t.micro_batch_size, {n: 9 * b // 8 for n, b in t.phases.items()}) for t in report.traced
+            )
+            return TraceReport(process_bytes=report.process_bytes, traced=tuple(traced))
+
+    for hardware in (CARD, PROCESSOR):
+        memory = plan_on(Exaggerated(GIB, 240 * MIB), hardware).memory
+        assert min(memory.items.values()) >= 0
+        assert sum(memory.items.values()) == memory.measured_peak_bytes
+
+
 def test_a_card_with_room_in_a_host_without_is_refused_with_the_hosts_numbers() -> None:
     machine = Machine(GIB, MIB)
     machine.host_bytes = 12 * GIB  # 11.4 remain of 12
@@ -236,6 +257,10 @@ def test_an_earlier_plan_is_held_against_what_is_free_now() -> None:
     assert plan.memory.measured_peak_bytes is not None
     enough = Budget(plan.memory.measured_peak_bytes, "free device memory", 0)
     check_room(plan, enough)
+    fast = plan.model_copy(update={"workload": plan.workload.model_copy(update={"cpu_allocator": "fast"})})
+    with pytest.raises(NothingFitsError):
+        check_room(fast, enough)
+    check_room(fast, Budget(round(AMPLE * enough.limit_bytes), "free memory", 0))
     with pytest.raises(NothingFitsError, match="the budget here and now") as error:
         check_room(plan, Budget(enough.limit_bytes, "--memory-limit", 1))
     assert "--auto" in error.value.hint
@@ -292,9 +317,9 @@ def test_recorded_evidence_replays_to_the_same_plan() -> None:
             return recorded[work.cpu_allocator, rows]
 
         def trace(self, *_: Any) -> TraceReport:
-            return TraceReport(process_bytes=evidence.process_bytes - LIBRARIES_BYTES, traced=evidence.traced)
+            return TraceReport(process_bytes=evidence.process_bytes, traced=evidence.traced)
 
-    assert planned(Recording(0, 0), evidence.hardware).plan == first.plan
+    assert planned(Recording(0, 0), evidence.hardware, work=evidence.workload).plan == first.plan
 
 
 def test_a_model_that_cannot_be_traced_is_planned_by_dry_steps_alone() -> None:
@@ -332,7 +357,10 @@ def test_an_erratic_size_below_the_largest_is_not_promised() -> None:
                 return trial.model_copy(update={"peak_bytes": limit})
             return trial
 
-    plan = plan_on(Erratic(GIB, 245 * MIB), prefer="largest")  # 23 or so rows fit; 240 / 23 balances to 11 x 22
+    plan = plan_on(Erratic(GIB, 245 * MIB), prefer="largest", effective_batch_size=120)
+    assert plan.batching.largest_safe_micro_batch_size in (21, 22, 23), "120 of which balance to 6 x 20"
+    cuts = balanced_cuts(120, plan.batching.micro_batch_size)
+    assert 20 not in cuts, "what runs is what was measured to be safe"
     assert plan.memory.measured_peak_bytes is not None
     assert plan.memory.measured_peak_bytes <= plan.memory.budget_bytes
 
@@ -342,9 +370,9 @@ def test_the_forecast_follows_epochs_and_speed() -> None:
     assert plan.forecast is not None
     assert plan.speed is not None
     assert (plan.forecast.steps_per_epoch, plan.forecast.total_steps) == (47, 94)
-    # 32 tokens a row take 10 ms; rows are padded to the longest beside them, 24.
+    # A row takes 10 ms, on the data as it is; rows are padded to the longest beside them, 24.
     assert plan.forecast.padded_tokens_per_sample == pytest.approx(24, rel=1e-3)
-    assert plan.forecast.total_seconds == pytest.approx(2 * 3000 * 0.01 * 24 / 32, rel=0.01)
+    assert plan.forecast.total_seconds == pytest.approx(2 * 3000 * 0.01, rel=0.01)
 
 
 def test_the_forecast_has_a_pass_over_the_validation_data_after_each_epoch() -> None:

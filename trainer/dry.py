@@ -5,24 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from autotune.errands import DRY_LENGTHS, DRY_MICRO_BATCHES, Dry, DryReport
-from autotune.plan import Shape, Timed, Timing
+from autotune.plan import Timed, Timing
+from trainer.data import TokenStore, order
 from trainer.evaluate import total_loss
 from trainer.memory import PeakMeter
-from trainer.microbatch import MicroBatch, SpecialTokens, Synthetic, collate, target_count, worst_case
+from trainer.microbatch import SpecialTokens, WorstCase, collate, lay_out, target_count
 from trainer.model import build_for
 from trainer.step import TrainState, accumulate, start, update
 
 LEARNING_RATE = 1e-4
 CLIP = 1.0
 REPEATS = 3
-WARM_UP_SECONDS = 1.25
-"""For one pass over the shapes that are timed: with its repeats it comes to five seconds."""
-REPEATED_SECONDS = 5.0
-"""A pass that takes longer is not repeated: what is left of noise is small beside it."""
+TIMED_SECONDS = 5.0
+"""After which no further size is timed, and no repeat begun."""
 
 
 def take_dry_steps(errand: Dry) -> DryReport:
@@ -41,7 +43,7 @@ def take_dry_steps(errand: Dry) -> DryReport:
     special = SpecialTokens(0, 0)
     ids, timings = range(errand.micro_batch_size), []
     for share in DRY_LENGTHS:
-        samples = worst_case(workload, share)
+        samples = WorstCase(workload, share)
         batch = collate(ids, samples, workload, special)
         targets = DRY_MICRO_BATCHES * target_count(ids, samples)
         # The step that `train_step` takes, its two phases apart; reading a result waits for the device.
@@ -71,24 +73,29 @@ def take_dry_steps(errand: Dry) -> DryReport:
 
 
 def _time(state: TrainState, errand: Dry) -> tuple[Timed, ...]:
-    """Time forward and backward of the shapes in turn: what one of them gains by a quiet moment the others gain too."""
-    special = SpecialTokens(0, 0)
-    batches: dict[Shape, MicroBatch] = {}
+    """Time real samples, cut into micro-batches of each size in turn: what slows one repeat slows all sizes in it."""
+    if errand.excerpt is None:
+        return ()
+    store, samples = TokenStore(Path(errand.excerpt.store)), errand.micro_batch_size
+    ids = np.resize(order(len(store), errand.excerpt.seed, 0), REPEATS * samples)
+    first, *others = ids.reshape(REPEATS, samples)
+    seconds: dict[int, list[float]] = {}
     began = time.perf_counter()
-    for shape in errand.timed:
-        if batches and time.perf_counter() - began > WARM_UP_SECONDS:
-            break
-        samples = Synthetic(errand.workload.vocabulary_size, shape.seq_len, shape.target_len, shape.target_tokens)
-        batches[shape] = collate(range(shape.rows), samples, errand.workload, special)
-        accumulate(state, [batches[shape]], 1, errand.workload.precision).item()
-    repeats = REPEATS if time.perf_counter() - began <= REPEATED_SECONDS else 1
-    seconds: dict[Shape, list[float]] = {shape: [] for shape in batches}
-    for _ in range(repeats):
-        for shape, batch in batches.items():
-            began = time.perf_counter()
-            accumulate(state, [batch], 1, errand.workload.precision).item()
-            seconds[shape].append(time.perf_counter() - began)
-    return tuple(Timed(shape=shape, seconds=tuple(taken)) for shape, taken in seconds.items())
+    for rows in errand.excerpt.sizes:
+        if not seconds or time.perf_counter() - began < TIMED_SECONDS:
+            seconds[rows] = [_seconds_of(state, errand, first, rows, store)]
+    for repeat in others:
+        if time.perf_counter() - began < TIMED_SECONDS:
+            for rows, taken in seconds.items():
+                taken.append(_seconds_of(state, errand, repeat, rows, store))
+    return tuple(Timed(rows=rows, samples=samples, seconds=tuple(taken)) for rows, taken in seconds.items())
+
+
+def _seconds_of(state: TrainState, errand: Dry, ids: Any, rows: int, store: TokenStore) -> float:
+    began = time.perf_counter()
+    batches = lay_out(ids, rows, store, errand.workload, SpecialTokens(0, 0))
+    accumulate(state, batches, target_count(ids, store), errand.workload.precision).item()
+    return time.perf_counter() - began
 
 
 class Account:

@@ -75,7 +75,7 @@ def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
             ended = "stopped"
             break
     step, model = state.step, state.model
-    yield _against(errand.plan, step, total_steps, seconds, peak)
+    yield _against(errand.plan, step, seconds, peak)
     # A save serialises the weights: what only training needs goes first.
     del state
     folder = Path(errand.output_dir) / "model"
@@ -83,9 +83,10 @@ def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
     yield {"kind": "event", "event": ended, "step": step, "model": str(folder)}
 
 
-def _against(plan: Plan, step: int, total_steps: int, seconds: float, peak: int) -> Metrics:
+def _against(plan: Plan, step: int, seconds: float, peak: int) -> Metrics:
     """Say how true the plan was: its worst case and its forecast, for the steps that were taken, and what became."""
-    planned = plan.forecast.total_seconds * step / total_steps if plan.forecast else None
+    cast = plan.forecast
+    planned = cast.total_seconds * step / cast.total_steps if cast else None
     return {
         "kind": "event",
         "event": "plan_against_real",

@@ -173,30 +173,23 @@ def _on_grid(positions: list[Array], targets: list[Array], most: int) -> tuple[T
 
 
 @dataclass(frozen=True, slots=True)
-class Synthetic:
-    """Samples of arbitrary tokens, all of the same lengths: for dry steps."""
+class WorstCase:
+    """Samples as long as the plan allows, or a share of that, every token of which is a target: for dry steps."""
 
-    vocabulary_size: int
-    seq_len: int
-    target_len: int
-    """0 for a causal model."""
-    target_tokens: int
-    """The last so many tokens of a sample are its target; those of a causal sample's first position never are."""
+    workload: Workload
+    share: float = 1.0
 
     def tokens(self, i: int) -> Array:
-        """Return the tokens of a sample, source and target."""
+        """Return arbitrary tokens, source and target filling their share of the limits."""
         generator = np.random.Generator(np.random.PCG64(i))
-        return generator.integers(0, self.vocabulary_size, self.seq_len + self.target_len)
+        return generator.integers(0, self.workload.vocabulary_size, sum(self._lengths()))
 
     def spans(self, i: int) -> Array:  # noqa: ARG002 # all are alike
-        """Return its one span."""
-        if self.target_len:
-            return np.array([[self.seq_len, self.seq_len + self.target_len]], np.int32)
-        return np.array([[max(1, self.seq_len - self.target_tokens), self.seq_len]], np.int32)
+        """Return the one span of all that can be predicted."""
+        source, target = self._lengths()
+        return np.array([[source if target else 1, source + target]], np.int32)
 
-
-def worst_case(workload: Workload, share: float = 1.0) -> Synthetic:
-    """Return samples as long as the plan allows, or a share of that, every token of which is a target."""
-    source, target = (ceil(share * limit) for limit in (workload.max_seq_len, workload.max_target_len))
-    source = max(2, source)
-    return Synthetic(workload.vocabulary_size, source, target, target or source - 1)
+    def _lengths(self) -> tuple[int, int]:
+        limits = (self.workload.max_seq_len, self.workload.max_target_len)
+        source, target = (ceil(self.share * limit) for limit in limits)
+        return max(2, source), target

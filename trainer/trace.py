@@ -24,7 +24,7 @@ from autotune.errands import Trace, TraceReport
 from autotune.plan import Traced, Workload
 from trainer.evaluate import total_loss
 from trainer.memory import PeakMeter
-from trainer.microbatch import MULTIPLE, MicroBatch, SpecialTokens, collate, worst_case
+from trainer.microbatch import MULTIPLE, MicroBatch, SpecialTokens, WorstCase, collate
 from trainer.model import build_for
 from trainer.step import TrainState, accumulate, start, update
 
@@ -115,7 +115,7 @@ class _TracedStep:
 
     def __post_init__(self) -> None:
         model = build_for(self.workload, None, CPU, weights=False)
-        for parameter in model.parameters():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             parameter.register_post_accumulate_grad_hook(lambda p: self.ledger.rename(p.grad, "gradients"))
         model.get_output_embeddings().register_forward_pre_hook(self._at_the_head)
         self.state: TrainState = start(model, weight_decay=0.1, precision=self.workload.precision)
@@ -159,7 +159,7 @@ class _TracedStep:
         self.ledger.kind = "logits_and_loss"
 
     def _batch(self, rows: int, share: float) -> MicroBatch:
-        real = collate(range(rows), worst_case(self.workload, share), self.workload, SpecialTokens(0, 0))
+        real = collate(range(rows), WorstCase(self.workload, share), self.workload, SpecialTokens(0, 0))
         with self.ledger.making("inputs"):
             return replace(
                 real,
