@@ -57,6 +57,7 @@ class RunProgress:
             self._show_step(row)
         elif row["kind"] == "validation":
             self.validation_loss = row["loss"]
+            self.peak_bytes = max(self.peak_bytes, row["peak_memory_bytes"])
             self._print(
                 f"step {row['step']}: validation loss {number(row['loss'], '.4f')}, "
                 f"perplexity {number(row['perplexity'], '.2f')}"

@@ -112,7 +112,7 @@ def _steps(
             yield _one_step(errand, state, store, permutation[first : first + effective], total_steps, meter, epoch)
         epoch += 1
         if validation is not None:
-            yield _validate(errand, state, validation)
+            yield _validate(errand, state, validation, meter)
 
 
 def _one_step(
@@ -161,11 +161,12 @@ def special_tokens(model: Any, errand: Train) -> SpecialTokens:
     return SpecialTokens(errand.ids.pad, errand.ids.pad if start_id is None else int(start_id))
 
 
-def _validate(errand: Train, state: TrainState, store: TokenStore) -> Metrics:
+def _validate(errand: Train, state: TrainState, store: TokenStore, meter: PeakMeter) -> Metrics:
     plan = errand.plan
     ids = range(len(store))
     special = special_tokens(state.model, errand)
     batches = _in_order(ids, plan.batching.micro_batch_size, store, plan.workload, special)
+    meter.reset()
     total = total_loss(state.model, batches, plan.workload.precision, state.loss_scale.device).item()
     loss = total / max(1, target_count(ids, store))
     return {
@@ -174,6 +175,7 @@ def _validate(errand: Train, state: TrainState, store: TokenStore) -> Metrics:
         "loss": loss,
         "perplexity": perplexity(loss),
         "samples": len(store),
+        "peak_memory_bytes": meter.peak_bytes(),
     }
 
 

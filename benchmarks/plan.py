@@ -1,0 +1,268 @@
+"""How true plans are, on a zoo of small models: against the largest size there truly is, and against real steps.
+
+    python benchmarks/plan.py                 all cases; some 40 minutes on two cores
+    python benchmarks/plan.py llama t5        those whose name begins so
+
+Each case is planned at two limits, as `chatlm plan --prefer largest` does. Beside it, by the same measurement in fresh
+processes: doubling from one row and bisection (which also finds the truth), and 30 real training steps of worst-case
+rows with an evaluation. Prints one table, and writes benchmarks/results/plan-DEVICE.json.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers as t
+from rich.console import Console
+from rich.table import Table
+
+from autotune.errands import Recipe, TokenIds, Train
+from autotune.evidence import fit
+from autotune.hardware import read_hardware
+from autotune.measure import trace_sizes, try_size
+from autotune.plan import Hardware, Plan, Trial, Workload
+from autotune.planner import LIBRARIES_BYTES, Planner, Request
+from autotune.process import Worker
+from autotune.search import is_safe
+from trainer.data import write_store
+from trainer.encode import Sample
+from trainer.microbatch import WorstCase
+
+RESULTS = Path(__file__).parent / "results"
+VOCABULARY, SHARE, STEPS = 4096, 64, 30
+SIZES = (6, 24)
+"""Rows that the two limits of a case are made for."""
+MIB = 2**20
+RECIPE = Recipe(
+    epochs=1, max_steps=STEPS, learning_rate=1e-4, schedule="constant", warmup=0, weight_decay=0.1, clip=1.0, seed=42
+)
+
+
+@dataclass
+class Case:
+    """A shape, and how it is trained."""
+
+    name: str
+    build: Callable[[], Any]
+    max_seq_len: int
+    max_target_len: int = 0
+    precision: str = "bf16"
+    checkpointing: str = "off"
+
+
+@dataclass
+class Row:
+    """What came of a case at one limit."""
+
+    case: str
+    limit_bytes: int
+    before_any_trial: float
+    """Predicted peak of the chosen size, by trace and process alone, over the measured one."""
+    largest: int
+    truly_largest: int
+    trials: int
+    dry_steps: int
+    out_of_memory: int
+    real_over_planned: float
+    """Peak of 30 real worst-case steps, evaluation included, over the plan's."""
+    real_within_budget: bool
+    plan_seconds: float
+    bisection_seconds: float
+
+
+def llama(width: int, layers: int, **more: Any) -> Callable[[], Any]:
+    return lambda: t.LlamaForCausalLM(t.LlamaConfig(**_decoder(width, layers), **more))
+
+
+def _decoder(width: int, layers: int) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": width // 4, "max_position_embeddings": 1024,
+    }  # fmt: skip
+
+
+def t5(kind: Any, config: Any, width: int, layers: int) -> Callable[[], Any]:
+    def build() -> Any:
+        return kind(
+            config(
+                vocab_size=VOCABULARY, d_model=width, d_ff=3 * width, d_kv=width // 4, num_heads=4,
+                num_layers=layers, num_decoder_layers=layers, decoder_start_token_id=0,
+            )
+        )  # fmt: skip
+
+    return build
+
+
+CASES = [
+    Case("gpt2-256", lambda: t.GPT2LMHeadModel(
+        t.GPT2Config(vocab_size=VOCABULARY, n_embd=256, n_layer=6, n_head=4, n_positions=1024)), 256),
+    Case("llama-256", llama(256, 6), 256),
+    Case("llama-512", llama(256, 6), 512),
+    Case("llama-256-fp32", llama(256, 6), 256, precision="fp32"),
+    Case("llama-512-checkpointed", llama(256, 6), 512, checkpointing="on"),
+    Case("llama-128-wide", llama(384, 4), 128),
+    Case("qwen3-256", lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**_decoder(256, 6))), 256),
+    Case("gemma3-256", lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**_decoder(256, 6))), 256),
+    Case("t5-128-128", t5(t.T5ForConditionalGeneration, t.T5Config, 256, 3), 128, 128),
+    Case("t5-256-64-checkpointed", t5(t.T5ForConditionalGeneration, t.T5Config, 256, 3), 256, 64, checkpointing="on"),
+    Case("mt5-128-128", t5(t.MT5ForConditionalGeneration, t.MT5Config, 256, 3), 128, 128),
+    Case("bart-128-128", lambda: t.BartForConditionalGeneration(t.BartConfig(
+        vocab_size=VOCABULARY, d_model=256, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=768, decoder_ffn_dim=768, max_position_embeddings=1024)), 128, 128),
+]  # fmt: skip
+
+
+def workload_of(case: Case, folder: Path) -> Workload:
+    model = case.build()
+    model.save_pretrained(folder)
+    parameters = sum(p.numel() for p in model.parameters())
+    return Workload.model_validate(
+        {
+            "model": str(folder), "task": "seq2seq" if case.max_target_len else "causal", "stage": "sft",
+            "parameters": parameters, "trainable_parameters": parameters, "vocabulary_size": VOCABULARY,
+            "max_seq_len": case.max_seq_len, "max_target_len": case.max_target_len, "precision": case.precision,
+            "optimizer": "adamw", "gradient_checkpointing": case.checkpointing, "frozen": (), "dropout": None,
+            "layout": "fixed", "loss_head": "full", "attention": model.config._attn_implementation, "compile": "off",
+            "cpu_allocator": "tight", "tokenizer_fingerprint": None, "data_fingerprint": None,
+        }
+    )  # fmt: skip
+
+
+def run(case: Case, hardware: Hardware) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        work = workload_of(case, folder / "model")
+        report = trace_sizes(work, hardware, (*SIZES, SHARE))
+        assert report is not None, f"{case.name} cannot be traced"
+        model = fit((), report.traced, report.process_bytes + LIBRARIES_BYTES)
+        assert model is not None
+        for rows in SIZES:
+            # A budget for half a row more than `rows`, and the least headroom on top of it.
+            budget = (model.peak_bytes(rows) + model.peak_bytes(rows + 1)) // 2
+            yield at_limit(case, work, hardware, budget + 128 * MIB, folder)
+
+
+def at_limit(case: Case, work: Workload, hardware: Hardware, limit: int, folder: Path) -> Row:
+    request = Request(
+        effective_batch_size=SHARE, micro_batch_size=None, prefer="largest", memory_limit_bytes=limit, headroom=None
+    )
+    planner = Planner(work, hardware, request, RECIPE, None)
+    began = time.perf_counter()
+    list(planner.make())
+    plan_seconds = time.perf_counter() - began
+    plan, evidence = planner.plan, planner.evidence
+    assert plan is not None
+    untried = fit((), evidence.traced, evidence.process_bytes + LIBRARIES_BYTES)
+    assert untried is not None
+    chosen = plan.batching.micro_batch_size
+    truth, bisection_seconds = bisect(work, hardware, plan.memory.budget_bytes, limit)
+    peak = plan.memory.measured_peak_bytes
+    assert peak is not None
+    real = train(plan, folder)
+    return Row(
+        case=case.name,
+        limit_bytes=limit,
+        before_any_trial=untried.peak_bytes(chosen) / peak,
+        largest=plan.batching.largest_safe_micro_batch_size,
+        truly_largest=truth,
+        trials=len(plan.evidence.trials),
+        dry_steps=plan.evidence.dry_steps,
+        out_of_memory=plan.evidence.out_of_memory_count,
+        real_over_planned=real / peak,
+        real_within_budget=real <= plan.memory.budget_bytes,
+        plan_seconds=plan_seconds,
+        bisection_seconds=bisection_seconds,
+    )
+
+
+def bisect(work: Workload, hardware: Hardware, budget: int, limit: int) -> tuple[int, float]:
+    """Double from one row until a size is not safe, then halve the bracket to its end."""
+    began = time.perf_counter()
+
+    def trial(rows: int) -> Trial:
+        return try_size(work, hardware, rows, limit)
+
+    low, high = 0, 1
+    while high <= SHARE and is_safe(trial(high), budget):
+        low, high = high, 2 * high
+    high = min(high, SHARE + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if is_safe(trial(middle), budget) else (low, middle)
+    return low, time.perf_counter() - began
+
+
+def train(plan: Plan, folder: Path) -> int:
+    """Train 30 steps of two micro-batches of worst-case rows, and evaluate; return the highest peak in bytes."""
+    work, rows = plan.workload, plan.batching.micro_batch_size
+    worst = WorstCase(work)
+    stores = {"train": STEPS * 2 * rows, "validation": 2 * rows}
+    for name, count in stores.items():
+        (folder / name).mkdir(exist_ok=True)
+        samples = (Sample(worst.tokens(i).tolist(), [tuple(map(int, worst.spans(i)[0]))]) for i in range(count))
+        write_store(samples, folder / name, work.task, work.vocabulary_size)
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    (folder / "run").mkdir(exist_ok=True)
+    batching = plan.batching.model_copy(update={"effective_batch_size": 2 * rows})
+    errand = Train(
+        plan=plan.model_copy(update={"batching": batching}), recipe=RECIPE, store=str(folder / "train"),
+        validation_store=str(folder / "validation"), tokenizer_dir=str(folder / "tokenizer"),
+        ids=TokenIds(pad=0, eos=1, bos=None), output_dir=str(folder / "run"),
+    )  # fmt: skip
+    with Worker(errand, plan.hardware.cores, work.cpu_allocator) as worker:
+        rows_seen = [event["row"] for event in worker.events() if event["event"] == "metrics"]
+        assert sum(row["kind"] == "train" for row in rows_seen) == STEPS, worker.last_words()
+    return max(row["peak_memory_bytes"] for row in rows_seen if "peak_memory_bytes" in row)
+
+
+def print_table(rows: list[Row]) -> None:
+    table = Table()
+    for name in ("case", "limit", "before any trial", "largest", "truly", "trials", "dry steps", "oom",
+                 "real / plan", "in budget", "plan s", "bisection s"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "case" else "right")
+    for r in rows:
+        table.add_row(
+            r.case, f"{r.limit_bytes / 2**30:.2f}", f"{r.before_any_trial - 1:+.1%}", str(r.largest),
+            str(r.truly_largest), str(r.trials), str(r.dry_steps), str(r.out_of_memory),
+            f"{r.real_over_planned - 1:+.1%}", "yes" if r.real_within_budget else "NO", f"{r.plan_seconds:.0f}",
+            f"{r.bisection_seconds:.0f}",
+        )  # fmt: skip
+    Console(width=140).print(table)
+
+
+def main() -> None:
+    wanted = sys.argv[1:]
+    hardware = read_hardware(Path())
+    rows: list[Row] = []
+    for case in CASES:
+        if not wanted or case.name.startswith(tuple(wanted)):
+            rows += run(case, hardware)
+            print_table(rows)
+    RESULTS.mkdir(exist_ok=True)
+    errors = [abs(r.before_any_trial - 1) for r in rows]
+    found = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{hardware.device_name}, {hardware.cores} cores, {platform.platform()}",
+        "versions": {"transformers": t.__version__, "numpy": np.__version__},
+        "median_error_before_any_trial": float(np.median(errors)),
+        "mean_dry_steps": float(np.mean([r.dry_steps for r in rows])),
+        "plan_over_bisection_seconds": sum(r.plan_seconds for r in rows) / sum(r.bisection_seconds for r in rows),
+        "rows": [asdict(r) for r in rows],
+    }
+    file = RESULTS / f"plan-{hardware.device}.json"
+    file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print({name: value for name, value in found.items() if name != "rows"})
+
+
+if __name__ == "__main__":
+    main()
