@@ -257,7 +257,7 @@ def write(rows: list[Row], hardware: Hardware) -> None:
     errors = [abs(r.before_any_trial - 1) for r in rows]
     found = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{hardware.device_name}, {hardware.cores} cores, {platform.platform()}",
+        "machine": f"{hardware.device_name}, {hardware.cores} cores, {platform.system()} {platform.machine()}",
         "versions": {"transformers": t.__version__, "numpy": np.__version__},
         "median_error_before_any_trial": float(np.median(errors)),
         "mean_dry_steps": float(np.mean([r.dry_steps for r in rows])),
