@@ -307,6 +307,8 @@ class Planner:
                 tried = {t.micro_batch_size: t for t in self._trials}
             if rows == 1 or is_safe(tried[rows], budget):
                 break
+        if not is_safe(tried[rows], budget):
+            yield from self._explain_nothing_fits()
         limited_by: LimitedBy = "memory"
         if rows == share:
             whole = largest_share(self._request.effective_batch_size, self._hardware.world_size)

@@ -365,6 +365,18 @@ def test_an_erratic_size_below_the_largest_is_not_promised() -> None:
     assert plan.memory.measured_peak_bytes <= plan.memory.budget_bytes
 
 
+def test_where_no_balanced_cut_was_safe_nothing_is_promised() -> None:
+    class OnlyOneSize(Machine):
+        def measure(self, work: Workload, hardware: Hardware, rows: int, limit: int, *rest: Any) -> Trial:
+            trial = super().measure(work, hardware, rows, limit, *rest)
+            return trial if rows == 9 else trial.model_copy(update={"peak_bytes": limit})
+
+    machine = OnlyOneSize(GIB, 240 * MIB)
+    with pytest.raises(NothingFitsError, match="one row of 32 tokens needs"):
+        plan_on(machine, effective_batch_size=40)
+    assert ("tight", 9) in machine.tried, "which was safe, but 40 go 5 x 8"
+
+
 def test_the_forecast_follows_epochs_and_speed() -> None:
     plan = plan_on(Machine(GIB, MIB), data=data_of(3000), effective_batch_size=64)
     assert plan.forecast is not None
