@@ -1,7 +1,7 @@
-"""Reads what the machine has and has free: NVML, psutil, control groups, disk.
+"""Reads what the machine has and has free: its card by `cards`, the host by psutil, control groups, limits, and disk.
 
-No torch, and CUDA is never initialised, so that reading costs no device memory. What cannot be read is no
-limit: without NVML the device is the CPU, without /proc or resource limits the system's own figures count.
+No torch. What cannot be read is no limit: without a card the device is the CPU, without /proc or resource limits
+the system's own figures count.
 """
 
 from __future__ import annotations
@@ -11,23 +11,18 @@ import platform
 import re
 import shutil
 import sys
-import tomllib
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import psutil
 
-from autotune.errors import ConfigurationError, MachineError
-from autotune.plan import Device, Hardware
+from autotune.cards import Look, find_card, read_card
+from autotune.errors import MachineError
+from autotune.plan import Hardware
 
 PROCESS = Path("/proc/self")
-CARDS = Path(__file__).with_name("cards.toml")
-USABLE_SHARE = 0.979
-"""Of a card's memory, what a program finds free on one that does nothing else: 19.58 of 20 GiB on an RTX 3080."""
-BF16_CAPABILITY = (8, 0)
 NO_LIMIT_BYTES = 2**62
 """Version 1 of the control groups says "no limit" with a number of about 2**63."""
 
@@ -49,17 +44,6 @@ class HostMemory(NamedTuple):
     limited_by: str
 
 
-class DeviceFacts(NamedTuple):
-    """The device that would train."""
-
-    kind: Device
-    name: str
-    total_bytes: int
-    free_bytes: int
-    compute_capability: tuple[int, int] | None
-    fast_bf16: bool
-
-
 def read_hardware(
     output_dir: Path, world_size: int = 1, nvml: Any = None, environ: Mapping[str, str] = os.environ
 ) -> Hardware:
@@ -68,22 +52,7 @@ def read_hardware(
     `nvml` has the interface of the module pynvml, which is the default. `world_size` is only recorded: the
     device is the first rank's. Raises `MachineError` if there is no disk to write `output_dir` to.
     """
-    host = read_host_memory()
-    device = _read_cuda_device(nvml, environ.get("CUDA_VISIBLE_DEVICES")) or _read_cpu(host)
-    return Hardware(
-        device=device.kind,
-        device_name=device.name,
-        world_size=world_size,
-        device_memory_total_bytes=device.total_bytes,
-        device_memory_free_bytes=device.free_bytes,
-        host_memory_total_bytes=host.total_bytes,
-        host_memory_available_bytes=host.available_bytes,
-        host_memory_limited_by=host.limited_by,
-        disk_free_bytes=_read_free_disk(output_dir),
-        cores=count_cores(),
-        compute_capability=device.compute_capability,
-        fast_bf16=device.fast_bf16,
-    )
+    return _tie(read_card(environ.get("CUDA_VISIBLE_DEVICES"), nvml), world_size, output_dir)
 
 
 def imagine_hardware(card: str, world_size: int, output_dir: Path) -> Hardware:
@@ -91,32 +60,7 @@ def imagine_hardware(card: str, world_size: int, output_dir: Path) -> Hardware:
 
     Raises ConfigurationError for a name that is not in the table.
     """
-    cards = tomllib.loads(CARDS.read_text(encoding="utf-8"))["cards"]
-    name = next((known for known in cards if _plain(known) == _plain(card)), None)
-    if name is None:
-        near = get_close_matches(card, cards, n=3, cutoff=0.4)
-        raise ConfigurationError(f"no card {card!r} in the table", f"did you mean {', '.join(near or cards)}?")
-    host, total = read_host_memory(), cards[name]["memory_mib"] * 2**20
-    major, minor = cards[name]["capability"]
-    return Hardware(
-        device="cuda",
-        device_name=name,
-        world_size=world_size,
-        device_memory_total_bytes=total,
-        device_memory_free_bytes=round(USABLE_SHARE * total),
-        host_memory_total_bytes=host.total_bytes,
-        host_memory_available_bytes=host.available_bytes,
-        host_memory_limited_by=host.limited_by,
-        disk_free_bytes=_read_free_disk(output_dir),
-        cores=count_cores(),
-        compute_capability=(major, minor),
-        fast_bf16=(major, minor) >= BF16_CAPABILITY,
-    )
-
-
-def _plain(name: str) -> str:
-    """Return a card's name as people mean it: case, spaces and the maker's words do not matter."""
-    return re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", name.lower())
+    return _tie(Look(find_card(card), ()), world_size, output_dir)
 
 
 def read_host_memory(process: Path = PROCESS) -> HostMemory:
@@ -167,66 +111,26 @@ def multiplies_bf16(cpuinfo: str) -> bool:
     return found is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(found[1].split())
 
 
-def _read_cpu(host: HostMemory) -> DeviceFacts:
-    cpuinfo = _read_text(Path("/proc/cpuinfo"))
-    return DeviceFacts(
-        "cpu",
-        name_processor(cpuinfo),
-        host.total_bytes,
-        host.available_bytes,
-        None,
-        multiplies_bf16(cpuinfo),
+def _tie(look: Look, world_size: int, output_dir: Path) -> Hardware:
+    """Make one of the card, or else the processor, and its host, with whom it may share its memory."""
+    host, cpuinfo, card = read_host_memory(), _read_text(Path("/proc/cpuinfo")), look.card
+    own = card.memory if card else None
+    return Hardware(
+        device="cuda" if card else "cpu",
+        device_name=card.name if card else name_processor(cpuinfo),
+        world_size=world_size,
+        device_memory_total_bytes=own.total_bytes if own else host.total_bytes,
+        device_memory_free_bytes=own.free_bytes if own else host.available_bytes,
+        host_memory_total_bytes=host.total_bytes,
+        host_memory_available_bytes=host.available_bytes,
+        host_memory_limited_by=host.limited_by,
+        disk_free_bytes=_read_free_disk(output_dir),
+        cores=count_cores(),
+        compute_capability=card.compute_capability if card else None,
+        fast_bf16=card.fast_bf16 if card else multiplies_bf16(cpuinfo),
+        others=card.others if card else (),
+        notes=look.notes,
     )
-
-
-def _read_cuda_device(nvml: Any, visible: str | None) -> DeviceFacts | None:
-    """Read the first device visible to CUDA; None if there is none, or NVML is missing or fails."""
-    entry = "0" if visible is None else visible.split(",")[0].strip()
-    if entry in ("", "-1") or (nvml := nvml or _import_nvml()) is None:
-        return None
-    try:
-        nvml.nvmlInit()
-        try:
-            handle = _find_device(nvml, entry)
-            return None if handle is None else _read_device(nvml, handle)
-        finally:
-            nvml.nvmlShutdown()
-    except nvml.NVMLError:
-        return None
-
-
-def _import_nvml() -> Any:
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    return pynvml
-
-
-def _find_device(nvml: Any, entry: str) -> Any:
-    """Find the device that an entry of CUDA_VISIBLE_DEVICES names, None if it names none.
-
-    A number is an index in the order of PCI bus ids, NVML's and, under CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA's.
-    All else is the beginning of one device's UUID. Slices of a card (`MIG-...`) are not looked for.
-    docs.nvidia.com/cuda/cuda-c-programming-guide, "CUDA Environment Variables".
-    """
-    if entry.isdecimal():
-        return nvml.nvmlDeviceGetHandleByIndex(int(entry))
-    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-    named = [handle for handle in handles if _decode(nvml.nvmlDeviceGetUUID(handle)).startswith(entry)]
-    return named[0] if len(named) == 1 else None
-
-
-def _read_device(nvml: Any, handle: Any) -> DeviceFacts:
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    name = _decode(nvml.nvmlDeviceGetName(handle))
-    return DeviceFacts("cuda", name, memory.total, memory.free, (major, minor), (major, minor) >= BF16_CAPABILITY)
-
-
-def _decode(text: str | bytes) -> str:
-    """Return the text, which older NVML bindings give as bytes."""
-    return text.decode() if isinstance(text, bytes) else text
 
 
 def _read_free_disk(output_dir: Path) -> int:

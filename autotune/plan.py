@@ -63,6 +63,16 @@ class Workload(Fact):
         return self.max_seq_len + self.max_target_len
 
 
+class CardProcess(Fact):
+    """Somebody else on the card."""
+
+    process_id: int
+    name: str
+    """Empty if it is not known."""
+    bytes: int | None
+    """What it holds of the card's memory; None where NVML does not tell, as on Windows."""
+
+
 class Hardware(Fact):
     """What the machine has and has free, before anything of ours was started."""
 
@@ -71,7 +81,8 @@ class Hardware(Fact):
     world_size: PositiveInt
     device_memory_total_bytes: int
     device_memory_free_bytes: int
-    """What one more process may take on the device: on a CPU the same as `host_memory_available_bytes`."""
+    """What one more process may take on the device: the same as `host_memory_available_bytes` on a CPU, and on a
+    card that shares the host's memory."""
     host_memory_total_bytes: int
     host_memory_available_bytes: int
     """The least that the system, the control groups above us and our resource limits leave."""
@@ -83,6 +94,10 @@ class Hardware(Fact):
     compute_capability: tuple[int, int] | None
     fast_bf16: bool
     """Whether bf16 arithmetic is done by the hardware: capability 8.0 and above, avx512_bf16 or amx."""
+    others: tuple[CardProcess, ...]
+    """Who else is on the card, as far as NVML tells, the largest first."""
+    notes: tuple[str, ...]
+    """What people should know of how it was read: why a card is not used, what of it is not known."""
 
 
 class Batching(Fact):

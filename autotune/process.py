@@ -68,7 +68,7 @@ class Worker:
         self._environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, (str(HOME), os.environ.get("PYTHONPATH")))),
-            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as NVML, and so autotune.hardware, counts
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as NVML, and so autotune.cards, counts
             **OFFLINE,
             **KERNEL_CACHES,
             **ALLOCATORS[allocator],

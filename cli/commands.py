@@ -144,7 +144,7 @@ def _plan_job(resolved: Resolved, *, auto: bool) -> Job:
 def _planned(resolved: Resolved, plan_file: str) -> Job:
     plan = read_plan(plan_file)
     settings = settings_of_plan(plan, resolved)
-    hardware = read_hardware(Path(settings.output_dir or "."))
+    hardware = _read_hardware(settings)
     limit, headroom = memory_wishes(settings)
     check_room(plan, set_budget(hardware, limit, headroom))
     facts = _preprocess(settings, hardware, demo=True)
@@ -153,7 +153,7 @@ def _planned(resolved: Resolved, plan_file: str) -> Job:
 
 def _decide(resolved: Resolved, *, search: bool, demo: bool) -> tuple[Preprocessed, Planner]:
     """Plan, telling of each trial; what can be refused without a worker is refused first."""
-    hardware = read_hardware(Path(resolved.settings.output_dir or "."))
+    hardware = _read_hardware(resolved.settings)
     facts, planner = _planner(resolved, hardware, search=search, demo=demo)
     if search:
         say("tracing the step, to know what will fit")
@@ -162,6 +162,14 @@ def _decide(resolved: Resolved, *, search: bool, demo: bool) -> tuple[Preprocess
     if search and not planner.evidence.traced:
         warn("this model cannot be traced: it was planned by dry steps alone")
     return facts, planner
+
+
+def _read_hardware(settings: Settings) -> Hardware:
+    """Read it, and tell at once what people should know of it: a plan may not come."""
+    hardware = read_hardware(Path(settings.output_dir or "."))
+    for note in hardware.notes:
+        warn(note)
+    return hardware
 
 
 def _planner(resolved: Resolved, hardware: Hardware, *, search: bool, demo: bool) -> tuple[Preprocessed, Planner]:

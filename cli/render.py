@@ -14,12 +14,14 @@ from rich.table import Table
 from autotune.errands import DataSummary, Preprocessed
 from autotune.evidence import fit
 from autotune.forecast import rows_per_second
-from autotune.plan import Batching, Device, Memory, Plan, Trial
+from autotune.plan import Batching, CardProcess, Device, Memory, Plan, Trial
 from autotune.planner import ESTIMATE_ERROR
 from cli.wiring import balanced_note, percentile
 from profiles import Resolved
 
 GIB = 2**30
+OTHERS_NAMED = 5
+"""A desktop of Windows has dozens of small ones on its card."""
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -124,6 +126,8 @@ def _plan_rows(plan: Plan, facts: Preprocessed, profile: str | None) -> list[tup
             f"{machine.device_name}, {gib(machine.device_memory_free_bytes)} free, {machine.cores} cores",
         ),
     ]
+    if machine.others:
+        rows.append(("On the card", others_line(machine.others)))
     if facts.data is not None:
         rows.insert(1, ("Data", _data_line(facts.data)))
     worst = f"{work.max_seq_len}" + (f" + {work.max_target_len}" if work.max_target_len else "")
@@ -156,6 +160,18 @@ def _plan_rows(plan: Plan, facts: Preprocessed, profile: str | None) -> list[tup
         rows.append(("Profile", f"{profile}; chosen {plan.batching.micro_batch_size}"))
     rows.append(("Not larger", why_not_larger(plan)))
     return rows
+
+
+def others_line(others: Sequence[CardProcess]) -> str:
+    """Name who else is on the card, with what they hold where that is known; the largest come first."""
+    named = [
+        (process.name or f"process {process.process_id}") + (f" ({gib(process.bytes)})" if process.bytes else "")
+        for process in others[:OTHERS_NAMED]
+    ]
+    if len(others) > OTHERS_NAMED:
+        named.append(f"{len(others) - OTHERS_NAMED} more")
+    total = sum(process.bytes or 0 for process in others)
+    return "taken by others: " + (f"{gib(total)}: " if total else "") + ", ".join(named)
 
 
 def _data_line(data: DataSummary) -> str:

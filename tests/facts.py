@@ -66,6 +66,8 @@ def hardware(**changes: Any) -> Hardware:
         "cores": 16,
         "compute_capability": (8, 6),
         "fast_bf16": True,
+        "others": (),
+        "notes": (),
     }
     return Hardware.model_validate(facts | changes)
 

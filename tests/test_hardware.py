@@ -1,24 +1,20 @@
-"""What the machine has and has free, on trees of files, on fakes of NVML, and under real limits."""
+"""What the machine has and has free, on trees of files, on a fake of NVML, and under real limits."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
+from fake_nvml import CALLS, CODES, LARGE, SLICE, SLICED, SMALL, FakeCard, FakeNvml, failing
 
-from autotune.errors import ConfigurationError
 from autotune.hardware import (
-    CARDS,
     count_cores,
     imagine_hardware,
     multiplies_bf16,
@@ -328,146 +324,6 @@ def test_bf16_is_fast_where_the_processor_has_instructions_for_it(flags: str, fa
     assert multiplies_bf16(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: amx_bf16\n") is fast
 
 
-# The device, on fakes of NVML.
-
-
-class NVMLError(Exception):
-    pass
-
-
-class NotSupportedError(NVMLError):
-    pass
-
-
-@dataclass(frozen=True)
-class Card:
-    name: str | bytes
-    uuid: str | bytes
-    total: int
-    free: int
-    capability: tuple[int, int]
-    memory_error: NVMLError | None = None
-
-
-@dataclass
-class FakeNvml:
-    """The part of pynvml that is called; a card is its own handle."""
-
-    cards: list[Card]
-    init_error: NVMLError | None = None
-    open_count: int = 0
-    calls: list[str] = field(default_factory=list)
-    NVMLError = NVMLError
-
-    def nvmlInit(self) -> None:  # noqa: N802, pynvml's name
-        self.calls.append("init")
-        if self.init_error:
-            raise self.init_error
-        self.open_count += 1
-
-    def nvmlShutdown(self) -> None:  # noqa: N802
-        self.open_count -= 1
-
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-        return len(self.cards)
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> Card:  # noqa: N802
-        if index >= len(self.cards):
-            raise NVMLError("Invalid Argument")
-        return self.cards[index]
-
-    def nvmlDeviceGetUUID(self, card: Card) -> str | bytes:  # noqa: N802
-        return card.uuid
-
-    def nvmlDeviceGetName(self, card: Card) -> str | bytes:  # noqa: N802
-        return card.name
-
-    def nvmlDeviceGetCudaComputeCapability(self, card: Card) -> tuple[int, int]:  # noqa: N802
-        return card.capability
-
-    def nvmlDeviceGetMemoryInfo(self, card: Card) -> SimpleNamespace:  # noqa: N802
-        if card.memory_error:
-            raise card.memory_error
-        return SimpleNamespace(total=card.total, free=card.free, used=card.total - card.free)
-
-
-LARGE = Card("NVIDIA GeForce RTX 3080", "GPU-8932f937-d72c-4106", 20 * GIB, 19 * GIB, (8, 6))
-SMALL = Card(b"Tesla T4", b"GPU-89aa0000-1111-2222", 15 * GIB, 14 * GIB, (7, 5))
-CPU = None
-
-
-@pytest.mark.parametrize(
-    ("visible", "card"),
-    [
-        (None, LARGE),
-        ("0", LARGE),
-        ("1", SMALL),
-        ("1,0", SMALL),
-        (" 1 , 0", SMALL),
-        ("GPU-8932f937-d72c-4106", LARGE),
-        ("GPU-89aa", SMALL),
-        ("GPU-89aa,0", SMALL),
-        ("", CPU),
-        ("-1", CPU),
-        ("-1,0", CPU),
-        ("2", CPU),
-        ("GPU-77", CPU),
-        ("GPU-89", CPU),  # begins both
-        ("NoDevFiles", CPU),
-    ],
-)
-def test_the_device_is_the_first_that_cuda_sees(tmp_path: Path, visible: str | None, card: Card | None) -> None:
-    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    nvml = FakeNvml([LARGE, SMALL])
-    found = read_hardware(tmp_path, nvml=nvml, environ=environ)
-    if card is CPU:
-        assert found.device == "cpu"
-    else:
-        assert found.device == "cuda"
-        assert (found.device_memory_total_bytes, found.device_memory_free_bytes) == (card.total, card.free)
-        assert found.compute_capability == card.capability
-    assert nvml.open_count == 0, "NVML was left open"
-
-
-@pytest.mark.parametrize("visible", ["", "-1", " "])
-def test_when_cuda_is_to_see_no_device_nvml_is_not_opened(tmp_path: Path, visible: str) -> None:
-    nvml = FakeNvml([LARGE])
-    assert read_hardware(tmp_path, nvml=nvml, environ={"CUDA_VISIBLE_DEVICES": visible}).device == "cpu"
-    assert nvml.calls == []
-
-
-def test_a_name_is_text_whether_nvml_gives_text_or_bytes(tmp_path: Path) -> None:
-    names = [read_hardware(tmp_path, nvml=FakeNvml([card]), environ={}).device_name for card in (LARGE, SMALL)]
-    assert names == ["NVIDIA GeForce RTX 3080", "Tesla T4"]
-
-
-@pytest.mark.parametrize(("capability", "fast"), [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 1), True)])
-def test_bf16_is_fast_from_compute_capability_8_0(tmp_path: Path, capability: tuple[int, int], fast: bool) -> None:
-    card = Card("card", "GPU-1", GIB, GIB, capability)
-    assert read_hardware(tmp_path, nvml=FakeNvml([card]), environ={}).fast_bf16 is fast
-
-
-@pytest.mark.parametrize(
-    "nvml",
-    [
-        FakeNvml([]),
-        FakeNvml([LARGE], init_error=NVMLError("Driver Not Loaded")),
-        FakeNvml([Card("Orin", "GPU-1", 0, 0, (8, 7), memory_error=NotSupportedError("Not Supported"))]),
-    ],
-    ids=["no card", "no driver", "memory not supported"],
-)
-def test_a_failing_nvml_means_the_cpu_and_is_closed(tmp_path: Path, nvml: FakeNvml) -> None:
-    found = read_hardware(tmp_path, nvml=nvml, environ={})
-    assert (found.device, found.compute_capability) == ("cpu", None)
-    assert nvml.calls == ["init"]
-    assert nvml.open_count == 0
-
-
-def test_an_error_that_is_not_nvmls_is_a_bug_and_is_shown(tmp_path: Path) -> None:
-    with pytest.raises(AttributeError):
-        read_hardware(tmp_path, nvml=SimpleNamespace(NVMLError=NVMLError), environ={})
-
-
 # All of it
 
 
@@ -497,31 +353,55 @@ def test_reading_loads_no_torch() -> None:
     assert child("import sys\nread_host_memory()\nprint(json.dumps(['torch' in sys.modules]))") == [[False]]
 
 
-# Cards that are not here.
+def test_an_imagined_card_has_this_host_and_nothing_on_it(tmp_path: Path) -> None:
+    found, here = imagine_hardware("rtx 3080 20gb", 2, tmp_path), read_hardware(tmp_path)
+    assert (found.device, found.device_name, found.world_size) == ("cuda", "RTX 3080 20GB", 2)
+    assert found.device_memory_total_bytes == 20 * GIB
+    assert 0.97 < found.device_memory_free_bytes / found.device_memory_total_bytes < 1
+    assert (found.compute_capability, found.fast_bf16, found.others, found.notes) == ((8, 6), True, (), ())
+    assert (found.host_memory_total_bytes, found.cores) == (here.host_memory_total_bytes, here.cores)
 
 
-def test_a_card_is_found_as_people_write_its_name(tmp_path: Path) -> None:
-    for name in ("RTX 3080 20GB", "rtx3080 20gb", "NVIDIA GeForce RTX 3080-20GB"):
-        card = imagine_hardware(name, 2, tmp_path)
-        assert (card.device, card.device_name, card.world_size) == ("cuda", "RTX 3080 20GB", 2)
-        assert card.device_memory_total_bytes == 20 * GIB
-        assert card.device_memory_free_bytes == pytest.approx(19.58 * GIB, rel=1e-3)
-        assert card.fast_bf16
-    assert not imagine_hardware("T4", 1, tmp_path).fast_bf16
+# With a card, on a fake of NVML.
 
 
-def test_an_unknown_card_is_answered_with_those_that_are_near(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="no card 'RTX 3085'") as error:
-        imagine_hardware("RTX 3085", 1, tmp_path)
-    assert "RTX 3080" in error.value.hint
+def test_a_card_gives_its_own_name_and_memory_and_the_host_the_rest(tmp_path: Path) -> None:
+    found = read_hardware(tmp_path, nvml=FakeNvml([LARGE]), environ={})
+    assert (found.device, found.device_name) == ("cuda", LARGE.name)
+    assert (found.device_memory_total_bytes, found.device_memory_free_bytes) == (LARGE.total, LARGE.free)
+    assert (found.compute_capability, found.fast_bf16, found.notes) == (LARGE.capability, True, ())
+    assert found.host_memory_total_bytes == read_host_memory().total_bytes
 
 
-def test_every_card_of_the_table_is_one() -> None:
-    cards = tomllib.loads(CARDS.read_text(encoding="utf-8"))["cards"]
-    assert len(cards) >= 20
-    for name, card in cards.items():
-        gigabytes = card["memory_mib"] / 1024
-        assert 8 < gigabytes < 150, name
-        assert (7, 0) <= tuple(card["capability"]) <= (12, 0), name
-        said = re.search(r"(\d+)GB", name)
-        assert said is None or gigabytes == pytest.approx(int(said[1]), rel=0.01), name
+def test_cuda_visible_devices_chooses_the_card(tmp_path: Path) -> None:
+    nvml = FakeNvml([LARGE, SMALL])
+    assert read_hardware(tmp_path, nvml=nvml, environ={"CUDA_VISIBLE_DEVICES": "1"}).device_name == "Tesla T4"
+
+
+def test_a_card_that_shares_the_hosts_memory_has_as_much_as_the_host(tmp_path: Path) -> None:
+    found = read_hardware(tmp_path, nvml=FakeNvml([FakeCard("GB10", "GPU-1", 0, 0, (12, 1))]), environ={})
+    assert (found.device, found.fast_bf16) == ("cuda", True)
+    assert found.device_memory_total_bytes == found.host_memory_total_bytes
+    assert found.device_memory_free_bytes == found.host_memory_available_bytes
+    assert "GB10" in found.notes[0]
+
+
+SCENES = [(cards, visible) for cards in ([LARGE, SLICED], [SLICED]) for visible in (None, "0", "GPU-a100", SLICE.uuid)]
+
+
+@pytest.mark.parametrize("code", CODES.values(), ids=CODES)
+@pytest.mark.parametrize("name", CALLS)
+def test_whatever_nvml_answers_to_whichever_call_there_is_a_card_or_the_reason_why_not(name: str, code: int) -> None:
+    asked = 0
+    for cards, visible in SCENES:
+        nvml = failing(cards, name, code)
+        found = read_hardware(Path(), nvml=nvml, environ={"CUDA_VISIBLE_DEVICES": str(visible)} if visible else {})
+        asked += name in nvml.calls
+        if found.device == "cuda":
+            host = (found.host_memory_total_bytes, found.host_memory_available_bytes)
+            memory = (found.device_memory_total_bytes, found.device_memory_free_bytes)
+            assert memory in [*((card.total, card.free) for card in (LARGE, SLICED, SLICE)), host]
+        else:
+            assert found.notes or (name, code) == ("nvmlInit", CODES["NVML_ERROR_LIBRARY_NOT_FOUND"])
+        assert nvml.open_count == (name == "nvmlShutdown")
+    assert asked, "the call is never made"

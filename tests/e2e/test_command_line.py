@@ -107,6 +107,23 @@ def test_a_mistake_is_one_sentence_and_a_hint_without_a_traceback(
     assert not (tmp_path / "runs").exists()
 
 
+def test_why_a_card_is_not_used_is_told_even_where_no_plan_comes(
+    tmp_path: Path, chatlm_environment: dict[str, str]
+) -> None:
+    (tmp_path / "pynvml.py").write_text(
+        "NVML_ERROR_LIBRARY_NOT_FOUND = 12\n"
+        "class NVMLError(Exception):\n    value = 9\n"
+        "def nvmlInit():\n    raise NVMLError('Driver Not Loaded')\n"
+    )
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    environment = {**chatlm_environment, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "0"}
+    command = [chatlm_path(), "plan", "--model", "tiny", "--memory-limit", "32MiB"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    warning, error = (done.stderr.index(word) for word in ("warning: the NVIDIA driver", "error: the limit"))
+    assert warning < error
+    assert "(NVML: Driver Not Loaded): the processor is used" in done.stderr
+
+
 def test_an_unknown_key_in_a_file_is_an_error_with_the_nearest_name(tmp_path: Path, chatlm: CommandRunner) -> None:
     (tmp_path / "mine.toml").write_text("learnin_rate = 1e-4\n")
     for option in ("--config", "--profile"):

@@ -1,0 +1,251 @@
+"""Reads the card that is here, by NVML, and the table `cards.toml` of those that need not be.
+
+No torch, and CUDA is never initialised, so that looking costs no device memory. Whatever NVML answers, the result is
+a card, or none and the reason: docs/hardware.md has the table of what counts when something cannot be read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from autotune.errors import ConfigurationError, MachineError
+from autotune.plan import CardProcess
+
+TABLE = Path(__file__).with_name("cards.toml")
+USABLE_SHARE = 0.979
+"""Of a card's memory, what a program finds free on one that does nothing else: 19.58 of 20 GiB on an RTX 3080."""
+BF16_CAPABILITY = (8, 0)
+NVIDIA_VENDOR, DISPLAY_CLASS = "0x10de", "0x03"
+"""As /sys/bus/pci has them; the class is the beginning of one."""
+
+
+class CardMemory(NamedTuple):
+    """What a card has of its own, and has free."""
+
+    total_bytes: int
+    free_bytes: int
+
+
+class Card(NamedTuple):
+    """A card that would train; a slice of one (MIG) counts as a card."""
+
+    name: str
+    memory: CardMemory | None
+    """None if it shares the host's."""
+    compute_capability: tuple[int, int] | None
+    """None if it is not known."""
+    others: tuple[CardProcess, ...]
+
+    @property
+    def fast_bf16(self) -> bool:
+        """Whether bf16 arithmetic is done by the hardware; not assumed of a card of unknown capability."""
+        return self.compute_capability is not None and self.compute_capability >= BF16_CAPABILITY
+
+
+class Look(NamedTuple):
+    """What looking for a card found, and what people should know of it."""
+
+    card: Card | None
+    notes: tuple[str, ...]
+
+
+def find_card(name: str) -> Card:
+    """Find a card in the table by its name as people write it, with nothing on it.
+
+    Raises ConfigurationError for a name that is not in the table.
+    """
+    cards = tomllib.loads(TABLE.read_text(encoding="utf-8"))["cards"]
+    known = next((known for known in cards if _plain(known) == _plain(name)), None)
+    if known is None:
+        near = get_close_matches(name, cards, n=3, cutoff=0.4)
+        raise ConfigurationError(f"no card {name!r} in the table", f"did you mean {', '.join(near or cards)}?")
+    total = cards[known]["memory_mib"] * 2**20
+    major, minor = cards[known]["capability"]
+    return Card(known, CardMemory(total, round(USABLE_SHARE * total)), (major, minor), ())
+
+
+def read_card(visible: str | None, nvml: Any = None, root: Path = Path("/")) -> Look:
+    """Read the first card that CUDA would see.
+
+    `visible` is the value of CUDA_VISIBLE_DEVICES, None if it is not set; if it hides all cards, nothing is read.
+    `nvml` has the interface of the module pynvml, which is the default. `root` is where `dev` and `sys` are.
+    """
+    entry = "0" if visible is None else visible.split(",")[0].strip()
+    if entry in ("", "-1"):
+        return Look(None, ())
+    nvml = nvml or _import_nvml()
+    if nvml is None:
+        return _look_without_nvml(root)
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        if error.value == nvml.NVML_ERROR_LIBRARY_NOT_FOUND:
+            return _look_without_nvml(root)
+        return _refuse("the NVIDIA driver cannot be asked for cards", _name_error(error))
+    return _read_entry(nvml, entry)
+
+
+def _plain(name: str) -> str:
+    """Return a card's name as people mean it: case, spaces and the maker's words do not matter."""
+    return re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", name.lower())
+
+
+def _read_entry(nvml: Any, entry: str) -> Look:
+    """Read the device that an entry of CUDA_VISIBLE_DEVICES names, and close NVML."""
+    try:
+        return _read_device(nvml, _find_device(nvml, entry))
+    except nvml.NVMLError as error:
+        return _refuse(f"card {entry} cannot be used", _name_error(error))
+    except MachineError as error:
+        return _refuse(f"card {entry} cannot be used", error.message)
+    finally:
+        _ask(nvml, nvml.nvmlShutdown)
+
+
+def _import_nvml() -> Any:
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    return pynvml
+
+
+def _look_without_nvml(root: Path) -> Look:
+    """Tell of it only where a card is: most machines without NVML have none."""
+    if _has_nvidia_hardware(root):
+        return _refuse("an NVIDIA card is in this machine but cannot be used", "no driver library, NVML, is found")
+    return Look(None, ())
+
+
+def _has_nvidia_hardware(root: Path) -> bool:
+    """Say whether there are device files of NVIDIA's, or a display controller of theirs on the PCI bus."""
+    files = (*root.glob("dev/nvidia[0-9]*"), *root.glob("dev/nvhost-gpu"))
+    return bool(files) or any(_is_nvidia_display(device) for device in root.glob("sys/bus/pci/devices/*"))
+
+
+def _is_nvidia_display(device: Path) -> bool:
+    try:
+        vendor, kind = ((device / name).read_text() for name in ("vendor", "class"))
+    except OSError:
+        return False
+    return vendor.strip() == NVIDIA_VENDOR and kind.startswith(DISPLAY_CLASS)
+
+
+def _refuse(what: str, reason: str) -> Look:
+    return Look(None, (f"{what} ({reason}): the processor is used",))
+
+
+def _name_error(error: Exception) -> str:
+    return f"NVML: {str(error).rstrip('.')}"
+
+
+def _ask(nvml: Any, question: Callable[..., Any], *about: Any) -> Any:
+    """Return NVML's answer; None for any error of its, and where the driver is too old for the question."""
+    try:
+        return question(*about)
+    except (nvml.NVMLError, nvml.NVMLLibraryMismatchError):
+        return None
+
+
+def _find_device(nvml: Any, entry: str) -> Any:
+    """Find the device that an entry of CUDA_VISIBLE_DEVICES names.
+
+    A number is an index in the order of PCI bus ids, NVML's and, under CUDA_DEVICE_ORDER=PCI_BUS_ID, CUDA's. `MIG-...`
+    is the UUID of a slice. All else is the beginning of one card's UUID.
+    docs.nvidia.com/cuda/cuda-c-programming-guide, "CUDA Environment Variables".
+    """
+    if entry.startswith("MIG-"):
+        return nvml.nvmlDeviceGetHandleByUUID(entry)
+    count = nvml.nvmlDeviceGetCount()
+    if not entry.isdecimal():
+        return _take_slice(nvml, _find_by_uuid(nvml, entry, count))
+    if int(entry) >= count:
+        raise MachineError(f"cards here: {count}")
+    return _take_slice(nvml, nvml.nvmlDeviceGetHandleByIndex(int(entry)))
+
+
+def _find_by_uuid(nvml: Any, beginning: str, count: int) -> Any:
+    """Find the one card whose UUID begins so; one that does not answer is another."""
+    cards = [_ask(nvml, nvml.nvmlDeviceGetHandleByIndex, index) for index in range(count)]
+    named = [card for card in cards if card is not None and _read_uuid(nvml, card).startswith(beginning)]
+    if len(named) != 1:
+        raise MachineError(f"cards whose UUID begins so: {len(named)}")
+    return named[0]
+
+
+def _take_slice(nvml: Any, card: Any) -> Any:
+    """Return the first slice of a card in MIG mode, which is all that CUDA uses of it; any other card itself.
+
+    docs.nvidia.com/datacenter/tesla/mig-user-guide, "CUDA Device Enumeration".
+    """
+    mode = _ask(nvml, nvml.nvmlDeviceGetMigMode, card)
+    if mode is None or mode[0] != nvml.NVML_DEVICE_MIG_ENABLE:
+        return card
+    for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(card)):
+        # The indices of slices that were removed, or are another container's, stay empty.
+        found = _ask(nvml, nvml.nvmlDeviceGetMigDeviceHandleByIndex, card, index)
+        if found is not None:
+            return found
+    raise MachineError("it is in MIG mode, and no slice of it is ours")
+
+
+def _read_device(nvml: Any, device: Any) -> Look:
+    name = _decode(_ask(nvml, nvml.nvmlDeviceGetName, device)) or "NVIDIA card of unknown name"
+    memory = _read_memory(nvml, device)
+    # Only a slice lies on another card.
+    whole = _ask(nvml, nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, device)
+    capability = _ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, device if whole is None else whole)
+    notes = []
+    if memory is None:
+        notes.append(f"{name} has no memory of its own: what the host has and has free counts")
+    if capability is None:
+        notes.append(f"the compute capability of {name} cannot be read: bf16 is not assumed")
+    return Look(Card(name, memory, capability, _read_others(nvml, device)), tuple(notes))
+
+
+def _read_memory(nvml: Any, device: Any) -> CardMemory | None:
+    """Read the memory of a device; None where it shares the host's, as GB10 and Jetson do.
+
+    docs.nvidia.com/dgx/dgx-spark/known-issues.html, "nvidia-smi reports memory usage not supported".
+    """
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(device)
+    except nvml.NVMLError as error:
+        if error.value == nvml.NVML_ERROR_NOT_SUPPORTED:
+            return None
+        raise
+    return CardMemory(memory.total, memory.free) if memory.total else None
+
+
+def _read_others(nvml: Any, device: Any) -> tuple[CardProcess, ...]:
+    """Read who else is on the device, the largest first; a process of both kinds counts once."""
+    kinds = (nvml.nvmlDeviceGetGraphicsRunningProcesses, nvml.nvmlDeviceGetComputeRunningProcesses)
+    found = {process.pid: process.usedGpuMemory for kind in kinds for process in _ask(nvml, kind, device) or ()}
+    found.pop(os.getpid(), None)
+    processes = (CardProcess(process_id=pid, name=_name_process(pid), bytes=size) for pid, size in found.items())
+    return tuple(sorted(processes, key=lambda process: (-(process.bytes or 0), process.process_id)))
+
+
+def _name_process(process_id: int) -> str:
+    """Return a process's name; empty if it is not ours to know, as of one outside our container."""
+    try:
+        return psutil.Process(process_id).name()
+    except psutil.Error:
+        return ""
+
+
+def _read_uuid(nvml: Any, card: Any) -> str:
+    return _decode(_ask(nvml, nvml.nvmlDeviceGetUUID, card))
+
+
+def _decode(text: str | bytes | None) -> str:
+    """Return the text, which older NVML bindings give as bytes; empty for none."""
+    return text.decode() if isinstance(text, bytes) else text or ""
