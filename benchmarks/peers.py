@@ -39,6 +39,7 @@ PEERS = HERE.parent / ".venv-peers" / "bin" / "python"
 GIB = 2**30
 EFFECTIVE, STEPS = 64, 5
 TIME_LIMIT_SECONDS = 600
+NO_CARD = {"CUDA_VISIBLE_DEVICES": ""}
 OURS, PLAIN = "chatlm", "plain"
 FINDERS = (
     "accelerate, from its 128", "accelerate, from 64", "Lightning power", "Lightning binsearch",
@@ -148,7 +149,7 @@ def end_of(command: list[str], limit_by: str, limit_bytes: int) -> Ending:
 
 def watch(command: list[str]) -> Ending:
     began = time.time()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **NO_CARD, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         with subprocess.Popen(command, stdout=out, stderr=err, env=environment) as process:
             try:
@@ -255,7 +256,7 @@ def print_table(rows: list[Row]) -> None:
 
 def write(rows: list[Row]) -> None:
     """Write what there is, after each case: a run that is cut short leaves something."""
-    hardware = read_hardware(Path())
+    hardware = read_hardware(Path(), environ=NO_CARD)
     libraries = ("torch", "transformers", "accelerate", "lightning")
     asked = f"from importlib.metadata import version; print(*map(version, {libraries}))"
     versions = subprocess.run([PEERS, "-c", asked], capture_output=True, text=True, check=True).stdout.split()
