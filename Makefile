@@ -2,14 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SMOKE := .venv-smoke/bin
+PEERS := .venv-peers/bin
 PURE := autotune/plan.py,autotune/evidence.py,autotune/search.py,autotune/batching.py,autotune/forecast.py,autotune/errands.py,trainer/microbatch.py
 
-.PHONY: help demo test check smoke clean
+.PHONY: help demo test check smoke bench clean
 help:
 	@echo "make demo    train a tiny model on real Chinese dialogues, in minutes, on a processor"
 	@echo "make test    run the tests"
 	@echo "make check   formatting, lint, types, import contracts, tests, coverage of the pure files"
 	@echo "make smoke   build the wheel, install it apart, plan and train with it"
+	@echo "make bench   our planner beside the finders that people use otherwise; half an hour, Linux and root"
 
 # torch comes first and by its tested version: an open range would take the newest, with gigabytes of CUDA packages.
 .venv/ready: pyproject.toml constraints.txt
@@ -40,5 +42,15 @@ smoke: .venv/ready
 	$(SMOKE)/pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[demo]"
 	PATH="$(CURDIR)/$(SMOKE):$$PATH" tests/smoke.sh
 
+# The peers live apart: lightning is no dependency of ours.
+.venv-peers/ready: constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	$(PEERS)/pip install --quiet -c constraints.txt torch
+	$(PEERS)/pip install --quiet -c constraints.txt lightning accelerate transformers
+	touch $@
+
+bench: .venv/ready .venv-peers/ready
+	$(BIN)/python benchmarks/peers.py
+
 clean:
-	rm -rf .venv .venv-smoke build dist
+	rm -rf .venv .venv-peers .venv-smoke build dist

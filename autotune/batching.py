@@ -57,3 +57,15 @@ def reach(
 def balanced_size(share: int, largest: int) -> int:
     """Return the largest micro-batch of the balanced cut: 120 samples at most 23 at a time go 20 at a time."""
     return balanced_cuts(share, largest)[0]
+
+
+def useful_sizes(share: int) -> list[int]:
+    """Return the micro-batches worth having, rising: the largest of each balanced cut of a share.
+
+    A size between two of them needs as many micro-batches as the smaller one. For 10: 1, 2, 3, 4, 5, 10.
+    """
+    sizes, size = [], share
+    while size >= 1:
+        sizes.append(size := balanced_size(share, size))
+        size -= 1
+    return sizes[::-1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from autotune.errors import ConfigurationError, MachineError
-from autotune.plan import CardProcess
+from autotune.plan import CardProcess, Precision, Rates
 
 TABLE = Path(__file__).with_name("cards.toml")
 USABLE_SHARE = 0.979
@@ -62,14 +62,41 @@ def find_card(name: str) -> Card:
 
     Raises ConfigurationError for a name that is not in the table.
     """
-    cards = tomllib.loads(TABLE.read_text(encoding="utf-8"))["cards"]
-    known = next((known for known in cards if _plain(known) == _plain(name)), None)
-    if known is None:
+    cards = _read_table()
+    named = _named(name, cards)
+    if len(named) > 1:
+        raise ConfigurationError(f"the {name} was made with several sizes of memory", f"say which: {', '.join(named)}")
+    if not named:
         near = get_close_matches(name, cards, n=3, cutoff=0.4)
         raise ConfigurationError(f"no card {name!r} in the table", f"did you mean {', '.join(near or cards)}?")
+    (known,) = named
     total = cards[known]["memory_mib"] * 2**20
     major, minor = cards[known]["capability"]
     return Card(known, CardMemory(total, round(USABLE_SHARE * total)), (major, minor), ())
+
+
+def find_rates(name: str, precision: Precision) -> Rates | None:
+    """Find what a card of the table does in a second at best, by its name there or as its driver has it.
+
+    None for a card that is not in the table, or has no such precision.
+    """
+    cards = _read_table()
+    named = _named(name, cards)
+    if len(named) != 1:
+        return None
+    flops, moved = cards[named[0]][f"{precision}_tflops"], cards[named[0]]["bandwidth_gbps"]
+    return Rates(flops=1e12 * flops, bytes=1e9 * moved) if flops else None
+
+
+def _read_table() -> dict[str, dict[str, Any]]:
+    cards: dict[str, dict[str, Any]] = tomllib.loads(TABLE.read_text(encoding="utf-8"))["cards"]
+    return cards
+
+
+def _named(name: str, cards: Iterable[str]) -> list[str]:
+    """Return the table's cards of this name; without its memory a name may be that of several."""
+    exact = [known for known in cards if _plain(known) == _plain(name)]
+    return exact or [known for known in cards if re.fullmatch(re.escape(_plain(name)) + r"\d+gb", _plain(known))]
 
 
 def read_card(visible: str | None, nvml: Any = None, root: Path = Path("/")) -> Look:

@@ -14,9 +14,11 @@ from autotune.plan import Device, Fact, Plan, Stage, Task, Timed, Timing, Traced
 
 DRY_MICRO_BATCHES = 2
 """Micro-batches in a dry step: the second one meets resident gradients, as all but the first do in training."""
-DRY_LENGTHS = (1.0, 0.5, 0.75, 1.0)
+DRY_LENGTHS = (1.0, 0.5, 0.75, 1.0, 1.0)
 """Share of the worst-case length in each dry step. Real steps are of many lengths, which an allocator pays for with
 pieces that fit nothing; and seconds over lengths tell what a shorter row costs. A first step is no guide to either."""
+EXPLORING_LENGTHS = (1.0, 1.0)
+"""Of a trial that only tells where to look: the second step meets the optimizer's moments."""
 
 
 class ModelSummary(Fact):
@@ -96,15 +98,18 @@ class Preprocessed(Fact):
 
 
 class Trace(Fact):
-    """Say what tensors the step holds at each of these sizes, without taking it."""
+    """Say what tensors the step of each workload holds at each of these sizes, without taking it.
+
+    Answered by one result a workload, in their order.
+    """
 
     errand: Literal["trace"] = "trace"
-    workload: Workload
+    workloads: tuple[Workload, ...]
     micro_batch_sizes: tuple[PositiveInt, ...]
 
 
 class TraceReport(Fact):
-    """The answer to `Trace`."""
+    """The answer to `Trace`, for one workload."""
 
     process_bytes: int
     """What a worker holds on the host before there is a model."""
@@ -127,6 +132,10 @@ class Dry(Fact):
     workload: Workload
     device: Device
     micro_batch_size: PositiveInt
+    verify: bool
+    """Whether to take all dry steps, or those that tell where to look."""
+    limit_bytes: int
+    """What it may hold: on a GPU its allocator refuses more, as on a smaller card."""
     excerpt: Excerpt | None
     """What to time beside; None without data."""
 
@@ -142,6 +151,7 @@ class DryReport(Fact):
     timings: tuple[Timing, ...]
     timed: tuple[Timed, ...]
     evaluation_seconds: float
+    expected_peak_bytes: int | None
 
 
 class Recipe(Fact):

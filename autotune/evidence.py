@@ -8,23 +8,35 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
-from autotune.plan import Fact, Hardware, Traced, Trial, Workload
+from autotune.plan import Fact, Hardware, Request, Traced, Trial, Work, Workload
 
 APART = 0.75
 """A size at most this share of another is far enough below it for a slope."""
 
 
-class Evidence(Fact):
-    """Everything a plan was made from: replayed, it gives the same plan on a machine without the device."""
+class Explored(Fact):
+    """What was learned of one workload on one machine."""
 
     workload: Workload
-    """As it was asked for: the allocator's setting may have been changed since."""
-    hardware: Hardware
-    budget_bytes: int
+    """With the allocator's setting that was in force at last."""
     process_bytes: int
     """What a worker held before there was a model, as the trace reported it."""
     traced: tuple[Traced, ...]
     trials: tuple[Trial, ...]
+
+
+class Evidence(Fact):
+    """Everything a plan was made from: replayed, it gives the same plan on a machine without the device."""
+
+    hardware: Hardware
+    request: Request
+    budget_bytes: int
+    explored: tuple[Explored, ...]
+
+
+def alike(one: Workload, other: Workload) -> bool:
+    """Say whether two workloads differ in no more than the allocator's setting, which a plan chooses itself."""
+    return one == other.model_copy(update={"cpu_allocator": one.cpu_allocator})
 
 
 class MemoryModel(Fact):
@@ -56,6 +68,12 @@ def traced_items(traced: Sequence[Traced], rows: int) -> dict[str, float]:
     return _interpolate([(t.micro_batch_size, t.items) for t in traced], rows)
 
 
+def traced_work(traced: Sequence[Traced], rows: int) -> Work:
+    """Interpolate the work of forward and backward of a micro-batch."""
+    work = _interpolate([(t.micro_batch_size, t.work.model_dump()) for t in traced], rows)
+    return Work(**{name: round(value) for name, value in work.items()})
+
+
 def _interpolate(points: Sequence[tuple[int, dict[str, int]]], rows: int) -> dict[str, float]:
     if not points:
         return {}
@@ -75,7 +93,7 @@ def fit(trials: Iterable[Trial], traced: Sequence[Traced] = (), process_bytes: i
     taken to grow from the resident state with its rows, which is more than they do; None with neither.
     """
     traced = tuple(sorted(traced, key=lambda t: t.micro_batch_size))
-    completed = sorted((t for t in trials if t.completed), key=lambda t: t.micro_batch_size)
+    completed = _one_of_each_size(t for t in trials if t.completed)
     if not completed:
         beyond = {name: (float(process_bytes), 0.0) for t in traced for name in t.phases}
         return MemoryModel(traced=traced, beyond=beyond) if traced else None
@@ -96,6 +114,12 @@ def fit(trials: Iterable[Trial], traced: Sequence[Traced] = (), process_bytes: i
             for name, bytes_ in here.items()
         },
     )
+
+
+def _one_of_each_size(trials: Iterable[Trial]) -> list[Trial]:
+    """Return trials by rising size; of several of a size the one that held the most."""
+    ranked = sorted(trials, key=lambda t: (t.micro_batch_size, t.peak_bytes or 0, t.verified))
+    return list({trial.micro_batch_size: trial for trial in ranked}.values())
 
 
 def _beyond(trial: Trial, traced: Sequence[Traced]) -> dict[str, float]:

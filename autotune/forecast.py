@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
 from math import ceil
 from statistics import median
 
 from autotune.batching import balanced_cuts, largest_share
-from autotune.plan import Batching, Forecast, Speed, Timed, Trial, Workload
+from autotune.errands import DataSummary, Recipe
+from autotune.evidence import traced_work
+from autotune.plan import Batching, Forecast, Rates, Speed, Timed, Traced, Trial, Work, Workload
 
+PADDING_MULTIPLE = 8
+FORWARD_SHARE = 1 / 3
+"""Of forward and backward together: a backward takes about twice a forward."""
+LAUNCH_SECONDS = 8e-6
+"""That an operator takes in eager mode however little it does, the host's part of autograd included."""
+RANKS_BYTES_PER_SECOND = 10e9
+"""Between cards without NVLink, over PCI Express 4.0 x16, as all-reduces come to in practice."""
 Histogram = Sequence[tuple[int, int]]
 """Length in tokens and how many samples have it, rising by length."""
 
@@ -70,6 +80,59 @@ def measure_speed(trial: Trial, workload: Workload, batching: Batching) -> Speed
     )
 
 
+def roofline_speed(traced: Sequence[Traced], rates: Rates, workload: Workload, batching: Batching) -> Speed:
+    """Say how fast a device would be that does nothing but the traced work, at its dense rates, without overlap.
+
+    seconds = flops / rate + bytes moved / bandwidth, and no less than it takes to start the operators (the roofline of
+    Williams et al. 2009, its two sides added up, since in eager mode an operator waits for the one before).
+    """
+    rows, ranks = batching.micro_batch_size, batching.world_size
+    tokens = rows * workload.tokens_per_row
+    whole, one = (_roofline(traced_work(traced, r), rates) for r in (rows, 1))
+    beta = (whole - one) / (tokens - workload.tokens_per_row) if rows > 1 else whole / tokens
+    launches = LAUNCH_SECONDS * traced_work(traced, rows).operators
+    alpha = max(0.0, whole - beta * tokens, launches - beta * tokens)
+    update = _roofline(traced[0].update, rates)
+    if ranks > 1:  # a ring moves each gradient twice, but for a rank's own share
+        update += 2 * (ranks - 1) / ranks * 4 * workload.trainable_parameters / RANKS_BYTES_PER_SECOND
+    share = largest_share(batching.effective_batch_size, ranks)
+    seconds = batching.gradient_accumulation_steps * alpha + beta * workload.tokens_per_row * share + update
+    return Speed(
+        tokens_per_second=batching.effective_batch_size * workload.tokens_per_row / seconds,
+        samples_per_second=batching.effective_batch_size / seconds,
+        seconds_per_step=seconds,
+        alpha_seconds=alpha,
+        beta_seconds_per_token=beta,
+        update_seconds=update,
+        evaluation_seconds_per_token=beta * FORWARD_SHARE,
+    )
+
+
+def _roofline(work: Work, rates: Rates) -> float:
+    return work.flops / rates.flops + work.moved_bytes / rates.bytes
+
+
+def seconds_per_sample(
+    rows: int, timed: Sequence[Timed], speed: Speed | None, tokens_per_row: int
+) -> tuple[float, bool] | None:
+    """Return the seconds that a sample takes in micro-batches of so many rows, and whether they were measured.
+
+    What a micro-batch takes to begin is shared by its rows: the line is in 1 / rows, through the sizes that were timed
+    on real samples; else by the plan's alpha and beta at full length. None where nothing was timed.
+    """
+    known = sorted((1 / t.rows, median(t.seconds) / t.samples) for t in timed)
+    if not known:
+        return (speed.alpha_seconds / rows + speed.beta_seconds_per_token * tokens_per_row, False) if speed else None
+    for x, seconds in known:
+        if x == 1 / rows:
+            return seconds, True
+    if len(known) == 1:
+        return None
+    at = min(max(bisect_left(known, (1 / rows,)), 1), len(known) - 1)
+    (x0, y0), (x1, y1) = known[at - 1], known[at]
+    return max(min(y0, y1) / 2, y0 + (y1 - y0) * (1 / rows - x0) / (x1 - x0)), False
+
+
 def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
     """Return intercept and slope of least squares, neither negative."""
     count = len(points)
@@ -114,7 +177,9 @@ def forecast(
     if timed is None:
         micro_batches = len(cuts) * speed.alpha_seconds + padded * speed.beta_seconds_per_token
     else:
-        micro_batches = median(timed.seconds) * share / timed.samples
+        micro_batches = padded * median(
+            s / tokens for s, tokens in zip(timed.seconds, timed.padded_tokens, strict=True)
+        )
     whole_steps = samples / min(samples, batching.effective_batch_size)
     seconds_per_epoch = micro_batches * whole_steps + steps * speed.update_seconds
     validation_seconds = 0.0
@@ -132,6 +197,35 @@ def forecast(
         total_seconds=seconds_per_epoch * total_steps / steps + validation_seconds * ceil(total_steps / steps),
         padded_tokens_per_sample=padded / share,
     )
+
+
+def forecast_run(
+    recipe: Recipe,
+    data: DataSummary,
+    validation: DataSummary | None,
+    workload: Workload,
+    batching: Batching,
+    speed: Speed,
+    timed: Timed | None,
+) -> Forecast:
+    """Say what a run on this data takes."""
+    return forecast(
+        data.samples,
+        recipe.epochs,
+        recipe.max_steps,
+        padded_lengths(data, workload),
+        padded_lengths(validation, workload),
+        batching,
+        speed,
+        timed,
+    )
+
+
+def padded_lengths(data: DataSummary | None, workload: Workload) -> list[Histogram]:
+    """Return the lengths that rows of this data are padded to, by side."""
+    limits = (workload.max_seq_len, workload.max_target_len)
+    histograms = data.lengths if data else ()
+    return [rounded(h, PADDING_MULTIPLE, limit) for h, limit in zip(histograms, limits, strict=False)]
 
 
 def _padded_tokens(lengths: Sequence[Histogram], rows: int) -> float:

@@ -5,9 +5,11 @@ One worker a size that is tried: on a processor a peak only rises, and a death c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import ValidationError
 
-from autotune.errands import Dry, DryReport, Excerpt, Trace, TraceReport
+from autotune.errands import Dry, DryReport, Trace, TraceReport
 from autotune.plan import Hardware, Outcome, Trial, Workload
 from autotune.process import Worker, WorkerCrashedError, ask, held_bytes
 
@@ -15,40 +17,42 @@ TIME_LIMIT_SECONDS = 600.0
 GIB = 2**30
 
 
-def trace_sizes(workload: Workload, hardware: Hardware, micro_batch_sizes: tuple[int, ...]) -> TraceReport | None:
-    """Trace the step at each of these sizes; None for a model that cannot be traced, which dry steps must then tell."""
-    report = None
+def trace_sizes(
+    workloads: Sequence[Workload], hardware: Hardware, micro_batch_sizes: tuple[int, ...]
+) -> list[TraceReport]:
+    """Trace the step of each workload at each size.
+
+    The list ends before a workload that cannot be traced, which dry steps must then tell.
+    """
+    reports = []
     try:
-        for event in ask(Trace(workload=workload, micro_batch_sizes=micro_batch_sizes), hardware.cores):
-            if event["event"] == "result":
-                report = TraceReport.model_validate(event["result"])
+        errand = Trace(workloads=tuple(workloads), micro_batch_sizes=micro_batch_sizes)
+        events = (event for event in ask(errand, hardware.cores) if event["event"] == "result")
+        for event in events:
+            reports.append(TraceReport.model_validate(event["result"]))  # noqa: PERF401 # those before a crash count
     except WorkerCrashedError:
-        return None
-    return report
+        pass
+    return reports
 
 
 def try_size(
-    workload: Workload,
+    errand: Dry,
     hardware: Hardware,
-    micro_batch_size: int,
-    limit_bytes: int,
     predicted_peak_bytes: int | None = None,
     time_limit_seconds: float | None = TIME_LIMIT_SECONDS,
-    excerpt: Excerpt | None = None,
 ) -> Trial:
     """Take the dry steps of one size, and say what happened.
 
     A worker that holds more than the limit on a processor is ended before the system's own killer has to. Death by
     signal 9 is the fact "does not fit". Raises WorkerCrashedError for any other death: that is a bug, not a size.
     """
-    errand = Dry(workload=workload, device=hardware.device, micro_batch_size=micro_batch_size, excerpt=excerpt)
     report: DryReport | None = None
     outcome: Outcome | None = None
     message = ""
-    with Worker(errand, hardware.cores, workload.cpu_allocator) as worker:
+    with Worker(errand, hardware.cores, errand.workload.cpu_allocator) as worker:
         for event in worker.poll():
             if event is None:
-                if hardware.device == "cpu" and (held := held_bytes(worker.process_id)) > limit_bytes:
+                if hardware.device == "cpu" and (held := held_bytes(worker.process_id)) > errand.limit_bytes:
                     outcome, message = "out_of_memory", f"held {held / GIB:.2f} GiB when it was stopped"
                 elif time_limit_seconds is not None and worker.seconds > time_limit_seconds:
                     outcome, message = "timed_out", f"not done after {time_limit_seconds:.0f} s"
@@ -62,14 +66,16 @@ def try_size(
         if outcome is None and report is None:
             if not worker.was_killed:
                 raise WorkerCrashedError(
-                    f"the dry step of {micro_batch_size} rows ended with exit code {worker.exit_code}:\n"
+                    f"the dry step of {errand.micro_batch_size} rows ended with exit code {worker.exit_code}:\n"
                     + worker.last_words()
                 )
             outcome, message = "killed", "signal 9, as an out-of-memory killer sends it"
         known = report if outcome is None else None
         return Trial(
-            micro_batch_size=micro_batch_size,
-            cpu_allocator=workload.cpu_allocator,
+            micro_batch_size=errand.micro_batch_size,
+            cpu_allocator=errand.workload.cpu_allocator,
+            gradient_checkpointing=errand.workload.gradient_checkpointing,
+            verified=errand.verify,
             outcome=outcome or "completed",
             peak_bytes=known.peak_bytes if known else None,
             predicted_peak_bytes=predicted_peak_bytes,
@@ -79,6 +85,7 @@ def try_size(
             timings=known.timings if known else (),
             timed=known.timed if known else (),
             evaluation_seconds=known.evaluation_seconds if known else None,
+            expected_peak_bytes=known.expected_peak_bytes if known else None,
             seconds=worker.seconds,
             message=message,
         )

@@ -63,6 +63,22 @@ class Workload(Fact):
         return self.max_seq_len + self.max_target_len
 
 
+class Request(Fact):
+    """What is wanted of a plan, besides the workload."""
+
+    effective_batch_size: PositiveInt
+    micro_batch_size: PositiveInt | None
+    """Fixed by the user: measured, never changed."""
+    prefer: Literal["auto", "largest"]
+    checkpointing: Literal["auto", "given"]
+    """`auto` takes gradient checkpointing where nothing fits without it, or where it is faster; else the workload's."""
+    memory_limit_bytes: int | None
+    headroom: float | None
+    """Bytes from 1 on, below 1 a share of the limit, None the default."""
+    offline: bool
+    """Whether what is remembered holds without a look at the machine."""
+
+
 class CardProcess(Fact):
     """Somebody else on the card."""
 
@@ -180,6 +196,8 @@ class Timed(Fact):
 
     rows: PositiveInt
     samples: PositiveInt
+    padded_tokens: tuple[int, ...]
+    """Of each repeat: their mean length is not that of all the data."""
     seconds: tuple[float, ...]
 
 
@@ -189,6 +207,7 @@ class Trial(Fact):
     micro_batch_size: PositiveInt
     cpu_allocator: CpuAllocator
     """What was tried under one setting tells nothing of the other."""
+    gradient_checkpointing: Switch
     outcome: Outcome
     peak_bytes: int | None
     """None when the trial did not live to tell."""
@@ -202,8 +221,12 @@ class Trial(Fact):
     """Of its dry steps in their order; the first one warms up."""
     timed: tuple[Timed, ...]
     """Of its own size first, then of smaller ones."""
+    verified: bool
+    """Whether it took all the dry steps there are: a shorter trial tells where to look, and is never the answer."""
     evaluation_seconds: float | None
     """Of one evaluation batch at full length."""
+    expected_peak_bytes: int | None
+    """Peak at the heaviest micro-batches that an epoch of the data will bring; None without data."""
     seconds: float
     """Wall time of the trial, imports and model included."""
     message: str
@@ -212,6 +235,26 @@ class Trial(Fact):
     def completed(self) -> bool:
         """Whether all of its steps ran to the end."""
         return self.outcome == "completed"
+
+
+class Work(Fact):
+    """What a device has to do, whatever device it is."""
+
+    operators: int
+    """Kernels that are started one after another."""
+    flops: int
+    """Of matrix products and attention."""
+    moved_bytes: int
+    """Read and written by all other operators."""
+
+
+class Rates(Fact):
+    """What a device does in a second at best."""
+
+    flops: float
+    """Of dense matrix products at the workload's precision."""
+    bytes: float
+    """Moved to and from its memory."""
 
 
 class Traced(Fact):
@@ -223,6 +266,36 @@ class Traced(Fact):
     items: dict[str, int]
     """What the highest of them is made of: weights, gradients, optimizer_state, activations, logits_and_loss,
     temporaries, inputs."""
+    work: Work
+    """Of forward and backward of one micro-batch."""
+    update: Work
+    """Of the optimizer."""
+
+
+class Alternative(Fact):
+    """Another way to take the same step, and what it would come to."""
+
+    change: str
+    """The options that make it; "" for what the plan does."""
+    largest_micro_batch_size: int
+    """0 where not even one row would fit."""
+    gradient_accumulation_steps: int
+    peak_bytes: int
+    """Of the largest micro-batch that fits, else of one row."""
+    seconds_per_step: float | None
+    measured: bool
+    """Else by the trace."""
+
+
+class SizeRow(Fact):
+    """What one micro-batch size comes to."""
+
+    micro_batch_size: PositiveInt
+    peak_bytes: int
+    samples_per_second: float | None
+    """Of the data where it is known, else of rows at full length."""
+    peak_measured: bool
+    speed_measured: bool
 
 
 class EvidenceSummary(Fact):
@@ -248,6 +321,10 @@ class Plan(BaseModel):
     memory: Memory
     speed: Speed | None
     forecast: Forecast | None
+    alternatives: tuple[Alternative, ...]
+    """What the plan was weighed against."""
+    sizes: tuple[SizeRow, ...]
+    """1, 2, 4 ... up to the largest safe one, and the chosen one."""
     evidence: EvidenceSummary
 
     def to_json(self) -> str:

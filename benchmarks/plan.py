@@ -3,6 +3,9 @@
     python benchmarks/plan.py                 all cases; about an hour on two cores
     python benchmarks/plan.py llama t5        those whose name begins so
 
+On a GPU it plans five other workloads, presets among them, on cards of 8, 24 and 80 GB that are imitated: the limit is
+told to the planner, and the allocator of its workers refuses more.
+
 Each case is planned at two limits, as `chatlm plan --prefer largest` does. Beside it, by the same measurement in fresh
 processes: doubling from one row and bisection (which also finds the truth), and 30 real training steps of worst-case
 rows with an evaluation. Prints one table, and writes benchmarks/results/plan-DEVICE.json.
@@ -26,23 +29,26 @@ import transformers as t
 from rich.console import Console
 from rich.table import Table
 
-from autotune.errands import Recipe, TokenIds, Train
+from autotune.account import LIBRARIES_BYTES, process_bytes
+from autotune.alternatives import estimated_peak
+from autotune.errands import Dry, Recipe, TokenIds, TraceReport, Train
 from autotune.evidence import fit
 from autotune.hardware import read_hardware
 from autotune.measure import trace_sizes, try_size
-from autotune.plan import Hardware, Plan, Trial, Workload
-from autotune.planner import LIBRARIES_BYTES, Planner, Request
+from autotune.plan import Hardware, Plan, Request, Trial, Workload
+from autotune.planner import Planner
 from autotune.process import Worker
 from autotune.search import is_safe
 from trainer.data import write_store
 from trainer.encode import Sample
 from trainer.microbatch import WorstCase
+from trainer.model import load_config
 
 RESULTS = Path(__file__).parent / "results"
-VOCABULARY, SHARE, STEPS = 4096, 64, 30
-SIZES = (6, 24)
+VOCABULARY, SHARE, STEPS = 4096, 240, 30
+SIZES = (5, 14)
 """Rows that the two limits of a case are made for."""
-MIB = 2**20
+GIB, MIB = 2**30, 2**20
 RECIPE = Recipe(
     epochs=1, max_steps=STEPS, learning_rate=1e-4, schedule="constant", warmup=0, weight_decay=0.1, clip=1.0, seed=42
 )
@@ -122,6 +128,25 @@ CASES = [
 ]  # fmt: skip
 
 
+def preset(name: str) -> Callable[[], Any]:
+    def build() -> Any:
+        config = load_config(name, None, None)
+        kind = t.AutoModelForSeq2SeqLM if config.is_encoder_decoder else t.AutoModelForCausalLM
+        return kind.from_config(config)
+
+    return build
+
+
+ON_CARDS = [
+    Case("minimind-26m-512", preset("minimind-26m"), 512),
+    Case("minimind-104m-512", preset("minimind-104m"), 512),
+    Case("minimind-3-512-checkpointed", preset("minimind-3"), 512, checkpointing="on"),
+    Case("chatlm-t5-192-192", preset("chatlm-t5"), 192, 192),
+    Case("llama-512-fp32", llama(512, 8), 512, precision="fp32"),
+]
+CARDS_GIB = (8, 24, 80)
+
+
 def workload_of(case: Case, folder: Path) -> Workload:
     model = case.build()
     model.save_pretrained(folder)
@@ -129,7 +154,7 @@ def workload_of(case: Case, folder: Path) -> Workload:
     return Workload.model_validate(
         {
             "model": str(folder), "task": "seq2seq" if case.max_target_len else "causal", "stage": "sft",
-            "parameters": parameters, "trainable_parameters": parameters, "vocabulary_size": VOCABULARY,
+            "parameters": parameters, "trainable_parameters": parameters, "vocabulary_size": model.config.vocab_size,
             "max_seq_len": case.max_seq_len, "max_target_len": case.max_target_len, "precision": case.precision,
             "optimizer": "adamw", "gradient_checkpointing": case.checkpointing, "frozen": (), "dropout": None,
             "layout": "fixed", "loss_head": "full", "attention": model.config._attn_implementation, "compile": "off",
@@ -142,8 +167,11 @@ def run(case: Case, hardware: Hardware) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         work = workload_of(case, folder / "model")
-        report = trace_sizes(work, hardware, (*SIZES, SHARE))
-        assert report is not None, f"{case.name} cannot be traced"
+        if hardware.device == "cuda":
+            for gib in CARDS_GIB:
+                yield at_limit(case, work, hardware, gib * GIB, folder)
+            return
+        (report,) = trace_sizes([work], hardware, (*SIZES, SHARE))
         model = fit((), report.traced, report.process_bytes + LIBRARIES_BYTES)
         assert model is not None
         for rows in SIZES:
@@ -154,15 +182,18 @@ def run(case: Case, hardware: Hardware) -> Iterator[Row]:
 
 def at_limit(case: Case, work: Workload, hardware: Hardware, limit: int, folder: Path) -> Row:
     request = Request(
-        effective_batch_size=SHARE, micro_batch_size=None, prefer="largest", memory_limit_bytes=limit, headroom=None
-    )
+        effective_batch_size=SHARE, micro_batch_size=None, prefer="largest", checkpointing="given",
+        memory_limit_bytes=limit, headroom=None, offline=False,
+    )  # fmt: skip
     planner = Planner(work, hardware, request, RECIPE, None)
     began = time.perf_counter()
     list(planner.make())
     plan_seconds = time.perf_counter() - began
     plan, evidence = planner.plan, planner.evidence
     assert plan is not None
-    untried = fit((), evidence.traced, evidence.process_bytes + LIBRARIES_BYTES)
+    explored = evidence.explored[0]
+    report = TraceReport(process_bytes=explored.process_bytes, traced=explored.traced)
+    untried = fit((), explored.traced, process_bytes(report, hardware))
     assert untried is not None
     chosen = plan.batching.micro_batch_size
     truth, bisection_seconds = bisect(work, hardware, plan.memory.budget_bytes, limit)
@@ -172,7 +203,7 @@ def at_limit(case: Case, work: Workload, hardware: Hardware, limit: int, folder:
     return Row(
         case=case.name,
         limit_bytes=limit,
-        before_any_trial=untried.peak_bytes(chosen) / peak,
+        before_any_trial=estimated_peak(untried, chosen, hardware) / peak,
         largest=plan.batching.largest_safe_micro_batch_size,
         truly_largest=truth,
         trials=len(plan.evidence.trials),
@@ -190,7 +221,13 @@ def bisect(work: Workload, hardware: Hardware, budget: int, limit: int) -> tuple
     began = time.perf_counter()
 
     def trial(rows: int) -> Trial:
-        return try_size(work, hardware, rows, limit)
+        return try_size(
+            Dry(
+                workload=work, device=hardware.device, micro_batch_size=rows, verify=True, limit_bytes=limit,
+                excerpt=None,
+            ),
+            hardware,
+        )  # fmt: skip
 
     low, high = 0, 1
     while high <= SHARE and is_safe(trial(high), budget):
@@ -244,7 +281,7 @@ def main() -> None:
     wanted = sys.argv[1:]
     hardware = read_hardware(Path())
     rows: list[Row] = []
-    for case in CASES:
+    for case in ON_CARDS if hardware.device == "cuda" else CASES:
         if not wanted or case.name.startswith(tuple(wanted)):
             rows += run(case, hardware)
             print_table(rows)

@@ -33,6 +33,10 @@ Config = Annotated[
     str | None, typer.Option("--config", help="TOML file of settings; wins over the profile.", metavar="FILE")
 ]
 ShowConfig = Annotated[bool, typer.Option("--show-config", help="Print every value and where it came from, and leave.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Plan anew, whatever was measured here before.")]
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Trust what was measured here before, without a dry step to check it.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -80,14 +84,34 @@ def plan(
         str | None,
         typer.Option("--gpu", help="Estimate for a card that is not here, such as 'RTX 3090'.", metavar="CARD"),
     ] = None,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many of it.", metavar="N")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many of it, on one machine.", metavar="N")] = 1,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="How many such machines.", metavar="N")] = 1,
+    compare: Annotated[bool, typer.Option("--compare", help="Put profiles and this plan side by side.")] = False,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option("--vary", help="Table what a lever does; may be repeated.", metavar="NAME=VALUE,VALUE"),
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Also say what the peak is made of, by phase.")] = False,
+    no_cache: NoCache = False,
+    offline: Offline = False,
     debug: Debug = False,
 ) -> None:
     """Print the batch that would run here, what it costs, and why it is not larger."""
-    from cli.commands import plan_command
+    from cli.commands import Remembering, plan_command
 
-    plan_command(given, profile, config, as_json=as_json, show_config=show_config, explain=explain, gpu=gpu, gpus=gpus)
+    plan_command(
+        given,
+        profile,
+        config,
+        as_json=as_json,
+        show_config=show_config,
+        explain=explain,
+        gpu=gpu,
+        gpus=gpus * nodes,
+        compare=compare,
+        varied=vary or [],
+        remembering=Remembering(not no_cache, offline),
+    )
 
 
 @chatlm.command()
@@ -100,12 +124,17 @@ def train(
     profile: Profile = None,
     config: Config = None,
     show_config: ShowConfig = False,
+    no_cache: NoCache = False,
+    offline: Offline = False,
     debug: Debug = False,
 ) -> None:
     """Train a model, and leave one that transformers loads."""
-    from cli.commands import train_command
+    from cli.commands import Remembering, train_command
 
-    train_command(given, profile, config, auto=auto, plan_file=plan_file, show_config=show_config)
+    remembering = Remembering(not no_cache, offline)
+    train_command(
+        given, profile, config, auto=auto, plan_file=plan_file, show_config=show_config, remembering=remembering
+    )
 
 
 @chatlm.command()

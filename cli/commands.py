@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import typer
 
+from autotune import cache
+from autotune.account import check_room, set_budget
+from autotune.cards import find_rates
 from autotune.errands import Preprocessed, Train
 from autotune.errors import NothingFitsError, UserError
+from autotune.estimate import estimate
 from autotune.hardware import imagine_hardware, read_hardware
-from autotune.plan import Hardware, Plan
-from autotune.planner import Planner, check_room, set_budget
+from autotune.levers import Varied, measured_rates, vary
+from autotune.measure import trace_sizes
+from autotune.plan import Hardware, Plan, Rates, Workload
+from autotune.planner import Planner
 from autotune.process import Worker, WorkerCrashedError, ask
 from cli.options import as_arguments
 from cli.progress import RunProgress
@@ -32,11 +39,15 @@ from cli.render import (
     print_config,
     print_json,
     print_plan,
+    print_trials,
+    print_varied,
     say,
     trial_line,
     warn,
 )
+from cli.whatif import Stage, longest_asked, parse_lever
 from cli.wiring import (
+    cache_dir,
     fit_plan,
     make_folder,
     make_recipe,
@@ -56,6 +67,16 @@ ENDINGS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 """Signals after which a run is saved; a terminal that is closed sends the last."""
 
 
+@dataclass(frozen=True)
+class Remembering:
+    """What to make of an earlier plan's measurements."""
+
+    cache: bool
+    """Whether to use and keep them."""
+    offline: bool
+    """Whether to trust them without a look at the machine."""
+
+
 def plan_command(
     given: dict[str, Any],
     profile: str | None,
@@ -66,19 +87,28 @@ def plan_command(
     explain: bool,
     gpu: str | None,
     gpus: int,
+    compare: bool,
+    varied: list[str],
+    remembering: Remembering,
 ) -> None:
     """Plan, by dry steps here or by the trace for a card that is not here, and print the plan."""
     resolved = resolve(given, config, profile)
     if show_config:
         print_config(resolved)
         return
-    if gpu is not None:
-        hardware = imagine_hardware(gpu, gpus, Path(resolved.settings.output_dir or "."))
-        facts, planner = _planner(resolved, hardware, search=True, demo=False)
-        say("tracing the step, to know what would fit")
-        plan = planner.estimate()
+    imagined = imagine_hardware(gpu, gpus, Path(resolved.settings.output_dir or ".")) if gpu else None
+    if compare or varied:
+        levers = [parse_lever(text) for text in varied]
+        rows = _what_if(given, profile, config, levers, imagined, gpu, remembering)
+        if as_json:
+            print_json(json.dumps([row._asdict() for row in rows], default=lambda plan: json.loads(plan.to_json())))
+        else:
+            print_varied(rows, "Profiles side by side" if compare else "What each lever does", recommend=compare)
+        return
+    if imagined is not None:
+        facts, plan = _estimate(resolved, imagined)
     else:
-        facts, planner = _decide(resolved, search=True, demo=False)
+        facts, planner = _decide(resolved, remembering, search=True, demo=False)
         assert planner.plan is not None
         plan = planner.plan
     if as_json:
@@ -93,7 +123,43 @@ def plan_command(
         shlex.join(["chatlm", "train", "--auto", *typed]),
     )
     if explain:
+        print_trials(plan)
         print_account(plan.memory)
+
+
+def _what_if(
+    given: dict[str, Any],
+    profile: str | None,
+    config: str | None,
+    levers: list[tuple[str, list[str]]],
+    imagined: Hardware | None,
+    gpu: str | None,
+    remembering: Remembering,
+) -> list[Varied]:
+    """Plan as asked, and estimate the other scenes: by the card's rates, or those that the plan measured here."""
+    resolved = resolve(given, config, profile)
+    measured, plan = None, None
+    if imagined is None:
+        _, planner = _decide(resolved, remembering, search=True, demo=False)
+        plan = planner.plan
+        assert plan is not None
+        measured = measured_rates(plan, planner.evidence.explored[0].traced)
+    hardware = plan.hardware if plan else imagined
+    assert hardware is not None
+    settings = resolved.settings
+    longest = longest_asked(settings.max_seq_len, levers, "max_seq_len")
+    target = longest_asked(settings.max_target_len or settings.max_seq_len, levers, "max_target_len")
+    facts = _preprocess(replace(settings, max_seq_len=longest, max_target_len=target), hardware, demo=False)
+    stage = Stage(given, profile, config, hardware, facts, gpu)
+    scenes = stage.levers(levers) if levers else stage.profiles()
+    say("tracing what is compared")
+
+    def rates_of(workload: Workload) -> Rates | None:
+        return measured or find_rates(hardware.device_name, workload.precision)
+
+    rows = vary(scenes, facts.validation, rates_of, trace_sizes)
+    as_asked = "as asked" if levers else "auto"
+    return [Varied(as_asked, plan, "") if plan and row.change == as_asked else row for row in rows]
 
 
 def _profile_line(resolved: Resolved, profile: str | None) -> str | None:
@@ -109,6 +175,7 @@ def train_command(
     auto: bool,
     plan_file: str | None,
     show_config: bool,
+    remembering: Remembering,
 ) -> None:
     """Plan unless there is a plan, then train it."""
     resolved = resolve(given, config, profile)
@@ -116,7 +183,7 @@ def train_command(
         print_config(resolved)
         return
     folder = run_folder(resolved.settings)
-    job = _planned(resolved, plan_file) if plan_file else _plan_job(resolved, auto=auto)
+    job = _planned(resolved, plan_file) if plan_file else _plan_job(resolved, remembering, auto=auto)
     make_folder(folder, job.facts.model, job.hardware)
     write_run(folder, resolved, job.settings, job.plan, job.evidence)
     say(f"{batch_line(job.plan.batching)}; run in {folder}")
@@ -134,8 +201,8 @@ class Job:
     evidence: str | None
 
 
-def _plan_job(resolved: Resolved, *, auto: bool) -> Job:
-    facts, planner = _decide(resolved, search=auto, demo=True)
+def _plan_job(resolved: Resolved, remembering: Remembering, *, auto: bool) -> Job:
+    facts, planner = _decide(resolved, remembering, search=auto, demo=True)
     assert planner.plan is not None
     evidence = planner.evidence.model_dump_json(indent=2)
     return Job(resolved.settings, facts, planner.plan.hardware, planner.plan, evidence)
@@ -151,17 +218,39 @@ def _planned(resolved: Resolved, plan_file: str) -> Job:
     return Job(settings, facts, hardware, fit_plan(plan, facts), None)
 
 
-def _decide(resolved: Resolved, *, search: bool, demo: bool) -> tuple[Preprocessed, Planner]:
+def _decide(resolved: Resolved, remembering: Remembering, *, search: bool, demo: bool) -> tuple[Preprocessed, Planner]:
     """Plan, telling of each trial; what can be refused without a worker is refused first."""
-    hardware = _read_hardware(resolved.settings)
-    facts, planner = _planner(resolved, hardware, search=search, demo=demo)
-    if search:
+    hardware, settings = _read_hardware(resolved.settings), resolved.settings
+    request = make_request(resolved, hardware.world_size, search=search, offline=remembering.offline)
+    facts = _preprocess(settings, hardware, demo=demo)
+    workload = make_workload(settings, facts, hardware)
+    key = (cache_dir(), workload, hardware, request)
+    known = cache.recall(*key) if remembering.cache else None
+    recipe = make_recipe(settings, workload.stage)
+    planner = Planner(workload, hardware, request, recipe, facts.data, facts.validation, known)
+    if known is not None:
+        say("this was planned here before: what was measured then is held against what is free now")
+    elif search:
         say("tracing the step, to know what will fit")
     for trial in planner.make():
         say(trial_line(trial, hardware.device))
-    if search and not planner.evidence.traced:
+    if remembering.cache:
+        cache.keep(*key, planner.evidence)
+    if search and not any(explored.traced for explored in planner.evidence.explored):
         warn("this model cannot be traced: it was planned by dry steps alone")
     return facts, planner
+
+
+def _estimate(resolved: Resolved, hardware: Hardware) -> tuple[Preprocessed, Plan]:
+    """Plan for a card that is not here."""
+    settings = resolved.settings
+    request = make_request(resolved, hardware.world_size, search=True)
+    facts = _preprocess(settings, hardware, demo=False)
+    workload = make_workload(settings, facts, hardware)
+    recipe = make_recipe(settings, workload.stage)
+    rates = find_rates(hardware.device_name, workload.precision)
+    say("tracing the step, to know what would fit")
+    return facts, estimate(workload, hardware, request, recipe, facts.data, facts.validation, rates, trace_sizes)
 
 
 def _read_hardware(settings: Settings) -> Hardware:
@@ -170,15 +259,6 @@ def _read_hardware(settings: Settings) -> Hardware:
     for note in hardware.notes:
         warn(note)
     return hardware
-
-
-def _planner(resolved: Resolved, hardware: Hardware, *, search: bool, demo: bool) -> tuple[Preprocessed, Planner]:
-    settings = resolved.settings
-    request = make_request(resolved, hardware.world_size, search=search)
-    facts = _preprocess(settings, hardware, demo=demo)
-    workload = make_workload(settings, facts, hardware)
-    recipe = make_recipe(settings, workload.stage)
-    return facts, Planner(workload, hardware, request, recipe, facts.data, facts.validation)
 
 
 def _preprocess(settings: Settings, hardware: Hardware, *, demo: bool) -> Preprocessed:

@@ -12,14 +12,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from autotune.errands import DataSummary, Preprocessed
+from autotune.estimate import ERROR
 from autotune.evidence import fit
 from autotune.forecast import rows_per_second
-from autotune.plan import Batching, CardProcess, Device, Memory, Plan, Trial
-from autotune.planner import ESTIMATE_ERROR
+from autotune.levers import Varied
+from autotune.plan import Alternative, Batching, CardProcess, Device, Memory, Plan, Trial
 from cli.wiring import balanced_note, percentile
 from profiles import Resolved
 
 GIB = 2**30
+MIB = 2**20
 OTHERS_NAMED = 5
 """A desktop of Windows has dozens of small ones on its card."""
 out = Console(highlight=False, soft_wrap=True)
@@ -77,7 +79,9 @@ def duration(seconds: float) -> str:
 
 def trial_line(trial: Trial, device: Device) -> str:
     """Say in a line what a dry trial came to."""
-    rows = count(trial.micro_batch_size, "row") + f" (malloc {trial.cpu_allocator})" * (device == "cpu")
+    settings = [f"malloc {trial.cpu_allocator}"] * (device == "cpu")
+    settings += ["gradient checkpointing"] * (trial.gradient_checkpointing == "on")
+    rows = count(trial.micro_batch_size, "row") + (f" ({', '.join(settings)})" if settings else "")
     if trial.completed:
         return f"dry steps of {rows}: peak {gib(trial.peak_bytes)}, {trial.seconds:.1f} s in all"
     return f"dry steps of {rows}: {trial.outcome.replace('_', ' ')} ({trial.message}), {trial.seconds:.1f} s in all"
@@ -94,17 +98,36 @@ def print_plan(plan: Plan, facts: Preprocessed, profile: str | None, command: st
         table.add_row(f"  {name}", escape(text))
     out.print(table)
     out.print()
-    if plan.evidence.trials:
-        out.print(_trials_table(plan))
-    else:
-        out.print("[bold]Estimated[/] by the trace alone: nothing was run, and the card need not be here.")
+    out.print(_sizes_table(plan))
+    if plan.alternatives:
+        out.print(_alternatives_table(plan.alternatives))
+    out.print(KINDS[plan.evidence.kind])
     out.print(f"[bold]Train it:[/]  {escape(command)}")
 
 
+KINDS = {
+    "measured": "[bold]Measured[/] on this machine.",
+    "cached": "[bold]Measured[/] on this machine before, and held against what is free now; --no-cache measures anew.",
+    "estimated": "[bold]Estimated[/] by the trace alone: nothing was run, and the card need not be here. Time is that "
+    "of a card that does this work at its dense rates, one operator after another, and never waits for data.",
+}
+
+
 def _peak(memory: Memory) -> str:
-    if memory.measured_peak_bytes is not None:
-        return gib(memory.measured_peak_bytes)
-    return f"{gib(memory.predicted_peak_bytes)}, give or take {ESTIMATE_ERROR:.0%},"
+    if memory.measured_peak_bytes is None:
+        return f"{gib(memory.predicted_peak_bytes)}, give or take {ERROR:.0%},"
+    expected = memory.expected_peak_bytes
+    return gib(memory.measured_peak_bytes) + (f" (on this data {gib(expected)})" if expected else "")
+
+
+def _nvidia_smi(plan: Plan) -> str:
+    """Say what the card's own tool will show while it trains: everyone's memory."""
+    machine, memory = plan.hardware, plan.memory
+    others = machine.device_memory_total_bytes - machine.device_memory_free_bytes
+    peak = memory.measured_peak_bytes or memory.predicted_peak_bytes or 0
+    return (
+        f"about {(others + peak) / MIB:,.0f} MiB of {machine.device_memory_total_bytes / MIB:,.0f} MiB during the run"
+    )
 
 
 def batch_line(batching: Batching) -> str:
@@ -139,6 +162,8 @@ def _plan_rows(plan: Plan, facts: Preprocessed, profile: str | None) -> list[tup
             f"- {gib(memory.headroom_bytes)} headroom",
         )
     )
+    if machine.device == "cuda":
+        rows.append(("nvidia-smi", _nvidia_smi(plan)))
     if plan.speed is not None:
         rows.append(
             (
@@ -246,9 +271,99 @@ def _in_force(plan: Plan) -> list[Trial]:
     return [t for t in plan.evidence.trials if t.cpu_allocator == plan.workload.cpu_allocator]
 
 
+def _sizes_table(plan: Plan) -> Table:
+    table = Table(title="Micro-batches", title_justify="left", title_style="bold")
+    whole = plan.hardware.device_memory_total_bytes
+    of = "of the card" if plan.hardware.device == "cuda" else "of memory"
+    for name in ("rows", "peak", of, "samples/s", ""):
+        table.add_column(name, justify="left" if name == "" else "right")
+    for row in plan.sizes:
+        speed = f"{row.samples_per_second:,.1f}" if row.samples_per_second else "-"
+        chosen = "<- chosen" if row.micro_batch_size == plan.batching.micro_batch_size else ""
+        table.add_row(
+            str(row.micro_batch_size),
+            gib(row.peak_bytes) + predicted(measured=row.peak_measured),
+            f"{row.peak_bytes / whole:.0%}",
+            speed + predicted(measured=row.speed_measured or not row.samples_per_second),
+            chosen,
+        )
+    if not all(row.peak_measured and row.speed_measured for row in plan.sizes):
+        table.caption, table.caption_justify = "~ predicted", "left"
+    return table
+
+
+def predicted(*, measured: bool) -> str:
+    """Mark what was not measured."""
+    return "" if measured else " ~"
+
+
+def _alternatives_table(alternatives: Sequence[Alternative]) -> Table:
+    table = Table(title="What it was weighed against", title_justify="left", title_style="bold")
+    for name in ("", "largest", "accumulation", "peak", "a step takes"):
+        table.add_column(name, justify="left" if name == "" else "right", no_wrap=name == "")
+    for other in alternatives:
+        mark = predicted(measured=other.measured)
+        seconds = other.seconds_per_step
+        table.add_row(
+            escape(other.change),
+            count(other.largest_micro_batch_size, "row"),
+            str(other.gradient_accumulation_steps),
+            gib(other.peak_bytes) + mark,
+            "cannot be shorter" if seconds is None else f"{seconds:.2f} s{mark}",
+        )
+    return table
+
+
+def print_varied(rows: Sequence[Varied], title: str, *, recommend: bool) -> None:
+    """Put plans side by side, one a row, and say which goes through the data in the least time."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in ("", "batch", "= effective", "peak GiB", "of budget", "host GiB", "steps", "an epoch", "in all"):
+        table.add_column(name, justify="left" if name == "" else "right", no_wrap=name == "")
+    for row in rows:
+        table.add_row(escape(row.change), *(_varied_cells(row.plan) if row.plan else ["does not fit"]))
+    out.print(table)
+    for row in rows:
+        if row.plan is None:
+            out.print(f"{escape(row.change)}: {escape(row.refusal)}")
+    out.print(
+        "~ estimated by the trace" + "; times at the rates that were measured here" * any(map(_is_measured, rows))
+    )
+    forecasts = [(row.plan.forecast.seconds_per_epoch, row.change) for row in rows if row.plan and row.plan.forecast]
+    if recommend and len(forecasts) > 1:
+        (least, fastest), (most, slowest) = min(forecasts), max(forecasts)
+        out.print(f"The least time for an epoch: {escape(fastest)}, {most / least:.1f} times as fast as {slowest}")
+
+
+def _is_measured(row: Varied) -> bool:
+    return row.plan is not None and row.plan.memory.measured_peak_bytes is not None
+
+
+def _varied_cells(plan: Plan) -> list[str]:
+    memory, batching, cast = plan.memory, plan.batching, plan.forecast
+    peak = memory.measured_peak_bytes or memory.predicted_peak_bytes or 0
+    mark = predicted(measured=memory.measured_peak_bytes is not None)
+    return [
+        f"{batching.micro_batch_size} x {batching.gradient_accumulation_steps}"
+        + f" x {batching.world_size}" * (batching.world_size > 1),
+        str(batching.effective_batch_size),
+        f"{peak / GIB:.2f}{mark}",
+        f"{peak / memory.budget_bytes:.0%}",
+        f"{memory.host_peak_bytes / GIB:.2f}{mark}",
+        f"{cast.total_steps:,}" if cast else "-",
+        duration(cast.seconds_per_epoch) + mark if cast else "-",
+        duration(cast.total_seconds) + mark if cast else "-",
+    ]
+
+
+def print_trials(plan: Plan) -> None:
+    """List what was tried."""
+    if plan.evidence.trials:
+        out.print(_trials_table(plan))
+
+
 def _trials_table(plan: Plan) -> Table:
     table = Table(title="What was measured", title_justify="left", title_style="bold")
-    for name in ("rows", "outcome", "peak", "of budget", "predicted", "rows/s"):
+    for name in ("rows", "dry steps", "outcome", "peak", "of budget", "predicted", "rows/s"):
         table.add_column(name, justify="left" if name == "outcome" else "right")
     for trial in sorted(_in_force(plan), key=attrgetter("micro_batch_size")):
         share = f"{trial.peak_bytes / plan.memory.budget_bytes:.0%}" if trial.peak_bytes else "-"
@@ -256,6 +371,7 @@ def _trials_table(plan: Plan) -> Table:
         speed = rows_per_second(trial)
         table.add_row(
             str(trial.micro_batch_size),
+            str(len(trial.timings)),
             trial.outcome.replace("_", " ") + mark,
             gib(trial.peak_bytes),
             share,

@@ -11,8 +11,8 @@ from typing import Any
 from autotune.batching import balanced_cuts, largest_share
 from autotune.errands import DataSummary, ModelSummary, Preprocess, Preprocessed, Recipe
 from autotune.errors import ConfigurationError, MachineError, RunExistsError
-from autotune.plan import Batching, Hardware, Plan, Precision, Workload
-from autotune.planner import PADDING_MULTIPLE, Request
+from autotune.forecast import PADDING_MULTIPLE
+from autotune.plan import Batching, Hardware, Plan, Precision, Request, Workload
 from profiles import Resolved, Settings, parse_bytes, parse_headroom
 
 LEARNING_RATES = {"pretrain": 5e-4, "sft": 1e-4}
@@ -71,7 +71,7 @@ def make_workload(settings: Settings, facts: Preprocessed, hardware: Hardware) -
         ),
         precision=choose_precision(settings.precision, model.family, hardware),
         optimizer=settings.optimizer,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing="on" if settings.gradient_checkpointing == "on" else "off",
         frozen=(),
         dropout=settings.dropout,
         layout="fixed",
@@ -93,7 +93,7 @@ def _worst_case(limit: int, facts: Preprocessed, side: int) -> int:
     return min(limit, ceil(longest / PADDING_MULTIPLE) * PADDING_MULTIPLE)
 
 
-def make_request(resolved: Resolved, world_size: int, *, search: bool) -> Request:
+def make_request(resolved: Resolved, world_size: int, *, search: bool, offline: bool = False) -> Request:
     """Say which batch is wanted: of rows, accumulation and effective batch, what was typed wins over a profile's.
 
     Rows that were typed are fixed; a profile's are, unless a search was asked for. Raises ConfigurationError where all
@@ -128,6 +128,8 @@ def make_request(resolved: Resolved, world_size: int, *, search: bool) -> Reques
         effective_batch_size=effective,
         micro_batch_size=rows,
         prefer=settings.prefer,
+        checkpointing="auto" if settings.gradient_checkpointing == "auto" else "given",
+        offline=offline,
         memory_limit_bytes=limit,
         headroom=headroom,
     )
@@ -289,6 +291,7 @@ def _decided(resolved: Resolved, settings: Settings, plan: Plan, folder: Path) -
         "learning_rate": LEARNING_RATES[workload.stage],
         "precision": workload.precision,
         "stage": workload.stage,
+        "gradient_checkpointing": workload.gradient_checkpointing,
     }
     by_plan = {
         "output_dir": str(folder),

@@ -78,8 +78,10 @@ class Settings:
         "Memory",
         "auto: bf16 where the hardware has it, else fp16 on a GPU (never for T5), else fp32.",
     )
-    gradient_checkpointing: Literal["off", "on"] = _setting(
-        "off", "Memory", "Compute activations again instead of keeping them."
+    gradient_checkpointing: Literal["auto", "off", "on"] = _setting(
+        "auto",
+        "Memory",
+        "Compute activations again instead of keeping them; auto: where nothing fits without, or where it is faster.",
     )
     memory_limit: str | None = _setting(None, "Memory", "Most device memory to use, such as 6GiB.", "BYTES")
     headroom: str | None = _setting(

@@ -13,10 +13,12 @@ from autotune.plan import (
     Hardware,
     Memory,
     Plan,
+    Request,
     Speed,
     Timing,
     Traced,
     Trial,
+    Work,
     Workload,
 )
 
@@ -88,11 +90,26 @@ def processor(**changes: Any) -> Hardware:
     return hardware(**facts | changes)
 
 
+def request(**changes: Any) -> Request:
+    """64 samples a step, everything else left to the planner."""
+    facts = {
+        "effective_batch_size": 64,
+        "micro_batch_size": None,
+        "prefer": "auto",
+        "checkpointing": "auto",
+        "memory_limit_bytes": None,
+        "headroom": None,
+        "offline": False,
+    }
+    return Request.model_validate(facts | changes)
+
+
 def completed(rows: int, phases: dict[str, int], **changes: Any) -> Trial:
     """A trial that ran to the end and held these bytes."""
     facts = {
         "micro_batch_size": rows,
         "cpu_allocator": "tight",
+        "gradient_checkpointing": "off",
         "outcome": "completed",
         "peak_bytes": max(phases.values()),
         "predicted_peak_bytes": None,
@@ -101,7 +118,9 @@ def completed(rows: int, phases: dict[str, int], **changes: Any) -> Trial:
         "host_peak_bytes": None,
         "timings": (),
         "timed": (),
+        "verified": True,
         "evaluation_seconds": None,
+        "expected_peak_bytes": None,
         "seconds": 8.0,
         "message": "",
     }
@@ -130,7 +149,10 @@ def timed(rows: int, *timings: tuple[int, float], update_seconds: float = 0.0, *
 
 def traced(rows: int, phases: dict[str, int]) -> Traced:
     """A size whose tensors take these bytes, all of them activations."""
-    return Traced(micro_batch_size=rows, phases=phases, items={"activations": max(phases.values())})
+    nothing = Work(operators=0, flops=0, moved_bytes=0)
+    return Traced(
+        micro_batch_size=rows, phases=phases, items={"activations": max(phases.values())}, work=nothing, update=nothing
+    )
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -209,6 +231,8 @@ def plan(**changes: Any) -> Plan:
             total_seconds=60.0,
             padded_tokens_per_sample=208.5,
         ),
+        "alternatives": (),
+        "sizes": (),
         "evidence": EvidenceSummary(
             kind="measured",
             dry_steps=3,

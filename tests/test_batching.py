@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotune.batching import balanced_cuts, balanced_size, largest_share, reach, share_of
+from autotune.batching import balanced_cuts, balanced_size, largest_share, reach, share_of, useful_sizes
 
 samples_of_a_step = st.integers(1, 2000)
 ranks = st.integers(1, 70)
@@ -93,3 +93,12 @@ def test_balancing_a_micro_batch_costs_no_micro_batch_more(effective: int, world
     plan = reach(effective, world_size, rows, largest, "memory")
     assert plan.gradient_accumulation_steps == ceil(share / largest)
     assert plan.largest_safe_micro_batch_size == largest
+
+
+@given(share=st.integers(1, 300))
+def test_the_useful_sizes_are_those_that_save_a_micro_batch_and_no_count_is_left_out(share: int) -> None:
+    useful = useful_sizes(share)
+    assert useful == sorted({balanced_size(share, rows) for rows in range(1, share + 1)})
+    counts = [len(balanced_cuts(share, rows)) for rows in useful]
+    assert len(set(counts)) == len(counts), "no two reach the step in as many"
+    assert (useful[0], useful[-1]) == (1, share)

@@ -15,7 +15,7 @@ import pynvml
 import pytest
 from fake_nvml import CODES, GIB, LARGE, SECOND_SLICE, SLICE, SLICED, SMALL, FakeCard, FakeNvml, failing
 
-from autotune.cards import TABLE, Card, Look, find_card, read_card
+from autotune.cards import TABLE, Card, Look, find_card, find_rates, read_card
 from autotune.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -344,3 +344,37 @@ def test_every_card_of_the_table_is_one() -> None:
         assert (7, 0) <= tuple(card["capability"]) <= (12, 0), name
         said = re.search(r"(\d+)GB", name)
         assert said is None or gigabytes == pytest.approx(int(said[1]), rel=0.01), name
+
+
+@pytest.mark.parametrize("name", ["RTX 4080", "NVIDIA GeForce RTX 4080", "rtx4080 16gb"])
+def test_a_name_without_its_memory_will_do_where_one_card_has_it(name: str) -> None:
+    assert find_card(name).name == "RTX 4080 16GB"
+
+
+def test_a_name_that_several_cards_have_is_asked_back() -> None:
+    with pytest.raises(ConfigurationError) as error:
+        find_card("RTX 3080")
+    assert error.value.hint == "say which: RTX 3080 10GB, RTX 3080 12GB, RTX 3080 20GB"
+    assert find_rates("RTX 3080", "bf16") is None
+
+
+def test_rates_are_those_of_the_vendor_and_none_for_bf16_where_there_is_none() -> None:
+    """GA102 white paper: 71 bf16 TFLOPS dense with fp32 accumulation, 35.6 fp32, 936 GB/s."""
+    bf16, fp32 = (find_rates("NVIDIA GeForce RTX 3090", precision) for precision in ("bf16", "fp32"))
+    assert bf16 is not None
+    assert fp32 is not None
+    assert bf16.flops == pytest.approx(71e12, rel=0.01)
+    assert fp32.flops == pytest.approx(35.6e12, rel=0.01)
+    assert bf16.bytes == pytest.approx(936e9, rel=0.01)
+    assert find_rates("T4", "bf16") is None
+    assert find_rates("AMD EPYC", "fp32") is None
+
+
+def test_every_card_of_the_table_has_plausible_rates() -> None:
+    for name, card in tomllib.loads(TABLE.read_text())["cards"].items():
+        rates = find_rates(name, "fp32")
+        assert rates is not None
+        assert 5e12 < rates.flops < 150e12
+        assert 200e9 < rates.bytes < 10e12
+        assert card["fp16_tflops"] >= card["fp32_tflops"], name
+        assert (card["bf16_tflops"] > 0) == (card["capability"] >= [8, 0]), name

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from facts import completed, hardware, out_of_memory, traced, workload
+from facts import completed, hardware, out_of_memory, request, traced, workload
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotune.evidence import APART, Evidence, fit, traced_items
+from autotune.evidence import APART, Evidence, Explored, fit, traced_items
 from autotune.plan import Trial
 
 Lines = dict[str, tuple[int, int]]
@@ -176,19 +176,18 @@ def test_items_are_interpolated_and_come_to_the_peak() -> None:
 
 
 def test_saved_evidence_is_read_back_unchanged() -> None:
-    evidence = Evidence(
+    explored = Explored(
         workload=workload(frozen=("encoder",)),
-        hardware=hardware(),
-        budget_bytes=10**10,
         process_bytes=5,
         traced=(traced(1, {"forward_backward": 9}),),
         trials=(completed(1, {"forward_backward": 10}, seconds=0.1), out_of_memory(2)),
     )
+    evidence = Evidence(hardware=hardware(), request=request(), budget_bytes=10**10, explored=(explored,))
     assert Evidence.model_validate_json(evidence.model_dump_json()) == evidence
 
 
 def test_evidence_of_something_else_is_refused() -> None:
     with pytest.raises(ValueError, match="driver"):
         Evidence.model_validate(
-            {"workload": workload(), "hardware": hardware(), "budget_bytes": 1, "trials": (), "driver": "580"}
+            {"hardware": hardware(), "request": request(), "budget_bytes": 1, "explored": (), "driver": "580"}
         )

@@ -21,6 +21,7 @@ from autotune.forecast import (
     measure_speed,
     rounded,
     rows_per_second,
+    seconds_per_sample,
 )
 from autotune.plan import Timed
 
@@ -236,7 +237,7 @@ def test_the_optimizer_takes_its_time_once_a_step_however_small_that_is() -> Non
 
 
 def clocked(rows: int, *seconds: float) -> Timed:
-    return Timed(rows=rows, samples=16, seconds=seconds)
+    return Timed(rows=rows, samples=16, padded_tokens=(1024,) * len(seconds), seconds=seconds)
 
 
 def test_a_smaller_size_is_faster_only_if_it_was_each_time() -> None:
@@ -251,7 +252,7 @@ def test_a_smaller_size_is_faster_only_if_it_was_each_time() -> None:
 def test_a_run_takes_what_its_samples_took() -> None:
     plan = batching(effective_batch_size=64, world_size=1, micro_batch_size=16)
     slow = speed(alpha_seconds=100.0, update_seconds=0.5)
-    result = forecast(640, 1.0, None, [[(8, 640)]], [], plan, slow, clocked(16, 9.0, 2.0, 1.0))
+    result = forecast(640, 1.0, None, [[(64, 640)]], [], plan, slow, clocked(16, 9.0, 2.0, 1.0))
     assert result.total_seconds == pytest.approx(10 * (4 * 2.0 + 0.5))
 
 
@@ -321,3 +322,19 @@ def test_whole_epochs_add_up(samples: int, effective: int, epochs: int) -> None:
     assert result.steps_per_epoch == ceil(samples / effective)
     assert result.total_steps == epochs * result.steps_per_epoch
     assert result.total_seconds == pytest.approx(epochs * result.seconds_per_epoch)
+
+
+def test_the_time_of_a_sample_is_what_was_timed_and_between_sizes_a_line_in_1_over_rows() -> None:
+    """A micro-batch takes 0.4 s to begin and 0.1 s a row."""
+    known = [Timed(rows=rows, samples=8, padded_tokens=(512,), seconds=(8 / rows * 0.4 + 0.8,)) for rows in (8, 2)]
+    assert seconds_per_sample(2, known, None, 512) == (pytest.approx(0.3), True)
+    assert seconds_per_sample(4, known, None, 512) == (pytest.approx(0.2), False)
+    assert seconds_per_sample(1, known, None, 512) == (pytest.approx(0.5), False)
+    assert seconds_per_sample(16, known, None, 512) == (pytest.approx(0.125), False)
+    assert seconds_per_sample(3, known[:1], None, 512) is None
+
+
+def test_without_real_samples_the_time_of_a_sample_is_by_alpha_and_beta() -> None:
+    made = speed(alpha_seconds=0.4, beta_seconds_per_token=0.001)
+    assert seconds_per_sample(4, (), made, 100) == (pytest.approx(0.2), False)
+    assert seconds_per_sample(4, (), None, 100) is None

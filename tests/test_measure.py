@@ -7,15 +7,16 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from test_planner import PROCESSOR
 from tiny_models import workload
 
-from autotune.errands import DRY_LENGTHS, Excerpt
+from autotune.errands import DRY_LENGTHS, EXPLORING_LENGTHS, Dry, Excerpt
 from autotune.measure import try_size
-from autotune.plan import Workload
+from autotune.plan import Trial, Workload
 from trainer.data import write_store
 from trainer.encode import Sample
 
@@ -23,8 +24,18 @@ GIB = 2**30
 WORK = workload("llama", model="tiny", vocabulary_size=6400, max_seq_len=128, cpu_allocator="tight")
 
 
+def tried(
+    rows: int, limit_bytes: int = 8 * GIB, work: Workload = WORK, excerpt: Excerpt | None = None, **how: Any
+) -> Trial:
+    verify = how.pop("verify", True)
+    errand = Dry(
+        workload=work, device="cpu", micro_batch_size=rows, verify=verify, limit_bytes=limit_bytes, excerpt=excerpt
+    )
+    return try_size(errand, PROCESSOR, **how)
+
+
 def test_a_size_that_fits_tells_peaks_and_times() -> None:
-    trial = try_size(WORK, PROCESSOR, 2, limit_bytes=8 * GIB, predicted_peak_bytes=5)
+    trial = tried(2, predicted_peak_bytes=5)
     assert trial.completed
     assert trial.peak_bytes == max(trial.phases.values())
     assert {"forward_backward", "optimizer", "evaluation"} <= trial.phases.keys()
@@ -39,14 +50,32 @@ def test_real_samples_are_timed_at_each_size_in_turn(tmp_path: Path) -> None:
     samples = [Sample(list(range(2, 2 + length)), [(1, length)]) for length in range(8, 108)]
     write_store(samples, tmp_path, "causal", WORK.vocabulary_size)
     excerpt = Excerpt(store=str(tmp_path), seed=42, sizes=(8, 2))
-    trial = try_size(WORK, PROCESSOR, 8, limit_bytes=8 * GIB, excerpt=excerpt)
+    trial = tried(8, excerpt=excerpt)
     assert [(timed.rows, timed.samples, len(timed.seconds)) for timed in trial.timed] == [(8, 8, 3), (2, 8, 3)]
     assert all(seconds > 0 for timed in trial.timed for seconds in timed.seconds)
-    assert try_size(WORK, PROCESSOR, 2, limit_bytes=8 * GIB).timed == ()
+    assert tried(2).timed == ()
+
+
+def test_the_heaviest_real_micro_batches_hold_less_than_the_worst_case(tmp_path: Path) -> None:
+    """Rows of up to 40 of 128 tokens, a tenth of them targets."""
+    samples = [Sample(list(range(2, 2 + length)), [(length - 4, length)]) for length in range(8, 41)]
+    write_store(samples, tmp_path, "causal", WORK.vocabulary_size)
+    trial = tried(16, excerpt=Excerpt(store=str(tmp_path), seed=42, sizes=(16,)))
+    assert trial.expected_peak_bytes is not None
+    assert trial.resident_bytes is not None
+    assert trial.peak_bytes is not None
+    assert trial.resident_bytes < trial.expected_peak_bytes < 0.8 * trial.peak_bytes
+    assert tried(16).expected_peak_bytes is None
+
+
+def test_a_trial_that_only_tells_where_to_look_takes_few_steps() -> None:
+    trial = tried(2, verify=False)
+    assert [t.padded_tokens for t in trial.timings] == [round(2 * 128 * share) for share in EXPLORING_LENGTHS]
+    assert not trial.verified
 
 
 def test_more_rows_hold_more() -> None:
-    few, many = (try_size(WORK, PROCESSOR, rows, limit_bytes=8 * GIB).peak_bytes for rows in (1, 16))
+    few, many = (tried(rows).peak_bytes for rows in (1, 16))
     assert few is not None
     assert many is not None
     # Logits alone: 15 rows of 127 targets, 6400 fp32 numbers each, twice (with their gradient).
@@ -54,19 +83,19 @@ def test_more_rows_hold_more() -> None:
 
 
 def test_the_same_size_measures_the_same_twice() -> None:
-    first, second = (try_size(WORK, PROCESSOR, 8, limit_bytes=8 * GIB).peak_bytes for _ in range(2))
+    first, second = (tried(8).peak_bytes for _ in range(2))
     assert first == pytest.approx(second, rel=0.03)
 
 
 def test_a_worker_that_exceeds_the_limit_is_stopped_and_does_not_fit() -> None:
-    trial = try_size(WORK, PROCESSOR, 256, limit_bytes=GIB // 2)
+    trial = tried(256, limit_bytes=GIB // 2)
     assert trial.outcome == "out_of_memory"
     assert trial.peak_bytes is None
     assert "GiB" in trial.message
 
 
 def test_a_trial_that_takes_too_long_is_ended() -> None:
-    trial = try_size(WORK, PROCESSOR, 256, limit_bytes=20 * GIB, time_limit_seconds=1.0)
+    trial = tried(256, limit_bytes=20 * GIB, time_limit_seconds=1.0)
     assert trial.outcome == "timed_out"
     assert trial.seconds < 10
 
@@ -74,7 +103,7 @@ def test_a_trial_that_takes_too_long_is_ended() -> None:
 def test_a_killed_worker_is_the_fact_that_it_does_not_fit() -> None:
     killer = threading.Thread(target=_kill_first_child)
     killer.start()
-    trial = try_size(WORK, PROCESSOR, 64, limit_bytes=20 * GIB)
+    trial = tried(64, limit_bytes=20 * GIB)
     killer.join()
     assert trial.outcome == "killed"
     assert "signal 9" in trial.message
@@ -95,7 +124,7 @@ def test_an_allocation_that_fails_is_out_of_memory_and_no_bug() -> None:
     before = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (3 * GIB, before[1]))
     try:
-        trial = try_size(WORK, PROCESSOR, 2048, limit_bytes=100 * GIB)
+        trial = tried(2048, limit_bytes=100 * GIB)
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
     assert trial.outcome == "out_of_memory"
@@ -107,4 +136,4 @@ def test_what_is_no_memory_error_is_shown_and_not_taken_for_one() -> None:
 
     broken: Workload = WORK.model_copy(update={"model": "no such model"})
     with pytest.raises(ConfigurationError):
-        try_size(broken, PROCESSOR, 1, limit_bytes=GIB)
+        tried(1, GIB, broken)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ from facts import (
     hardware,
     out_of_memory,
     plan,
-    processor,
     recipe,
     speed,
     timed,
@@ -34,6 +32,7 @@ from autotune.errands import (
     DRY_LENGTHS,
     DRY_MICRO_BATCHES,
     ERRAND,
+    EXPLORING_LENGTHS,
     DataSummary,
     Dry,
     DryReport,
@@ -57,18 +56,18 @@ from autotune.errors import (
 )
 from autotune.plan import (
     SCHEMA,
+    Alternative,
     Batching,
     EvidenceSummary,
     Forecast,
     Memory,
     Plan,
+    SizeRow,
     Speed,
     Timed,
     Timing,
     Trial,
 )
-from autotune.planner import SHORTEST_SEQUENCE, itemise, milder, set_budget
-from profiles import FIELDS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -98,6 +97,8 @@ plans = st.builds(
             ("epochs", "seconds_per_epoch", "validation_seconds", "total_seconds", "padded_tokens_per_sample"), finite
         ),
     ),
+    alternatives=st.lists(st.builds(Alternative, seconds_per_step=st.none() | finite), max_size=2).map(tuple),
+    sizes=st.lists(st.builds(SizeRow, samples_per_second=st.none() | finite), max_size=2).map(tuple),
     evidence=st.builds(EvidenceSummary, trials=st.lists(trials, max_size=3).map(tuple), seconds=finite),
 )
 
@@ -176,6 +177,8 @@ def test_the_keys_are_those_that_others_read() -> None:
         "memory",
         "speed",
         "forecast",
+        "alternatives",
+        "sizes",
         "evidence",
     }
     assert keys["plan.batching"] == {
@@ -327,8 +330,8 @@ RECIPE = recipe(epochs=0.5, weight_decay=0.0, clip=0.0)
 EXCERPT = Excerpt(store="/cache/tokens/5f0c", seed=42, sizes=(4, 2))
 ERRANDS = [
     PREPROCESS,
-    Trace(workload=workload(), micro_batch_sizes=(1, 4)),
-    Dry(workload=workload(), device="cpu", micro_batch_size=4, excerpt=EXCERPT),
+    Trace(workloads=(workload(),), micro_batch_sizes=(1, 4)),
+    Dry(workload=workload(), device="cpu", micro_batch_size=4, verify=True, limit_bytes=GIB, excerpt=EXCERPT),
     Train(
         plan=plan(),
         recipe=RECIPE,
@@ -364,8 +367,9 @@ ANSWERS = [
         resident_bytes=MIB,
         host_peak_bytes=GIB,
         timings=timed(1, (512, 0.5)).timings,
-        timed=(Timed(rows=4, samples=4, seconds=(0.1, 0.2)),),
+        timed=(Timed(rows=4, samples=4, padded_tokens=(64, 80), seconds=(0.1, 0.2)),),
         evaluation_seconds=0.1,
+        expected_peak_bytes=None,
     ),
 ]
 
@@ -404,6 +408,7 @@ def test_a_dry_step_meets_resident_gradients_and_its_worst_case_once_the_first_s
     assert all(0 < share <= 1 for share in DRY_LENGTHS)
     assert max(DRY_LENGTHS[1:]) == 1
     assert len(set(DRY_LENGTHS[1:])) >= 2, "one length alone tells nothing of what a shorter row costs"
+    assert EXPLORING_LENGTHS[1:] == (1.0,)
 
 
 @pytest.mark.parametrize(
@@ -441,181 +446,3 @@ def test_an_error_of_the_user_has_one_sentence_a_hint_and_its_own_exit_code() ->
 def test_every_kind_of_error_crosses_from_the_worker_by_its_name() -> None:
     assert set(KINDS.values()) == set(UserError.__subclasses__())
     assert all(KINDS[kind.__name__] is kind for kind in KINDS.values())
-
-
-# The budget.
-
-
-def test_a_twentieth_of_what_is_free_is_kept_back() -> None:
-    budget = set_budget(hardware(device_memory_free_bytes=20 * GIB), None, None)
-    assert (budget.limit_bytes, budget.headroom_bytes, budget.budget_bytes) == (20 * GIB, GIB, 19 * GIB)
-    assert budget.limit_from == "free device memory"
-
-
-def test_at_least_256_mib_are_kept_back_on_a_card_and_128_on_a_processor() -> None:
-    assert set_budget(hardware(device_memory_free_bytes=2 * GIB), None, None).headroom_bytes == 256 * MIB
-    assert set_budget(processor(device_memory_free_bytes=GIB), None, None).headroom_bytes == 128 * MIB
-
-
-def test_on_a_processor_the_limit_is_named_after_what_binds_there() -> None:
-    assert set_budget(processor(), None, None).limit_from == "control group"
-
-
-@pytest.mark.parametrize("make", [hardware, processor])
-def test_a_memory_limit_binds_and_is_named_only_where_it_is_lower_than_what_is_free(make: Any) -> None:
-    machine = make(device_memory_free_bytes=4 * GIB)
-    free = set_budget(machine, None, None)
-    assert set_budget(machine, 8 * GIB, None) == free
-    assert set_budget(machine, 4 * GIB, None) == free
-    lower = set_budget(machine, 3 * GIB, None)
-    assert (lower.limit_bytes, lower.limit_from) == (3 * GIB, "--memory-limit")
-
-
-def test_headroom_is_a_share_of_the_limit_below_1_and_bytes_from_1_on() -> None:
-    machine = hardware(device_memory_free_bytes=8 * GIB)
-    assert set_budget(machine, None, 0.25).headroom_bytes == 2 * GIB
-    assert set_budget(machine, 4 * GIB, 0.25).headroom_bytes == GIB
-    assert set_budget(machine, None, 3 * MIB).headroom_bytes == 3 * MIB
-    assert set_budget(machine, None, 1).headroom_bytes == 1
-    assert set_budget(machine, None, 0).headroom_bytes == 0
-
-
-@given(
-    free=st.integers(GIB, 200 * GIB),
-    limit=st.none() | st.integers(GIB, 200 * GIB),
-    headroom=st.none() | st.floats(0, 0.99) | st.integers(1, GIB - 1),
-)
-def test_budget_and_headroom_are_the_limit_and_the_limit_is_never_more_than_is_free(
-    free: int, limit: int | None, headroom: float | None
-) -> None:
-    budget = set_budget(hardware(device_memory_free_bytes=free), limit, headroom)
-    assert budget.limit_bytes == min(free, limit or free)
-    assert budget.headroom_bytes >= 0
-    assert budget.budget_bytes == budget.limit_bytes - budget.headroom_bytes > 0
-
-
-@pytest.mark.parametrize(
-    ("machine", "limit", "headroom"),
-    [
-        (hardware(device_memory_free_bytes=256 * MIB), None, None),
-        (processor(device_memory_free_bytes=64 * MIB), None, None),
-        (hardware(), 256 * MIB, None),
-        (hardware(), GIB, float(GIB)),
-        (hardware(), GIB, 2.0 * GIB),
-        (hardware(device_memory_free_bytes=0), None, 0.0),
-    ],
-)
-def test_headroom_that_leaves_nothing_of_the_limit_is_an_error_with_both_numbers(
-    machine: Any, limit: int | None, headroom: float | None
-) -> None:
-    with pytest.raises(NothingFitsError, match=r"limit of \d+\.\d\d GiB \(.+\) .* \d+\.\d\d GiB of headroom") as caught:
-        set_budget(machine, limit, headroom)
-    assert caught.value.hint
-
-
-# The changes that would need less memory.
-
-
-def test_checkpointing_comes_first_then_half_the_length_and_half_of_that() -> None:
-    changes = milder(workload(max_seq_len=512))
-    assert [(w.gradient_checkpointing, w.max_seq_len) for _, w in changes] == [
-        ("on", 512),
-        ("on", 256),
-        ("on", 128),
-        ("on", SHORTEST_SEQUENCE),
-    ]
-    assert [options for options, _ in changes] == [
-        "--gradient-checkpointing on",
-        "--gradient-checkpointing on --max-seq-len 256",
-        "--gradient-checkpointing on --max-seq-len 128",
-        "--gradient-checkpointing on --max-seq-len 64",
-    ]
-
-
-def test_what_is_on_already_is_not_advised_and_what_is_short_already_is_not_cut() -> None:
-    assert [w.max_seq_len for _, w in milder(workload(gradient_checkpointing="on", max_seq_len=256))] == [128, 64]
-    assert milder(workload(gradient_checkpointing="on", max_seq_len=2 * SHORTEST_SEQUENCE - 1)) == []
-
-
-seq2seq = {"task": "seq2seq", "gradient_checkpointing": "on"}
-kinds_of_work = [
-    pytest.param(workload(), id="causal"),
-    pytest.param(workload(gradient_checkpointing="on"), id="causal with checkpointing"),
-    pytest.param(workload(**seq2seq, max_target_len=512), id="seq2seq"),
-    pytest.param(
-        workload(**seq2seq, max_target_len=128),
-        id="seq2seq with a short target",
-    ),
-    pytest.param(
-        workload(**seq2seq, max_seq_len=128, max_target_len=512),
-        id="seq2seq with a short source",
-    ),
-]
-
-
-@pytest.mark.parametrize("work", kinds_of_work)
-def test_each_change_is_made_by_options_that_exist_and_that_make_the_workload_it_speaks_of(work: Any) -> None:
-    for options, changed in milder(work):
-        typed = {name.replace("-", "_"): value for name, value in re.findall(r"--(\S+) (\S+)", options)}
-        assert typed.keys() <= FIELDS.keys()
-        values = {name: int(value) if value.isdigit() else value for name, value in typed.items()}
-        assert work.model_copy(update=values) == changed
-
-
-@given(
-    seq2seq=st.booleans(),
-    checkpointing=st.sampled_from(["off", "on"]),
-    source=st.integers(1, 4096),
-    target=st.integers(1, 4096),
-)
-def test_each_change_is_harder_than_the_one_before_and_no_side_grows(
-    seq2seq: bool, checkpointing: str, source: int, target: int
-) -> None:
-    work = workload(
-        task="seq2seq" if seq2seq else "causal",
-        gradient_checkpointing=checkpointing,
-        max_seq_len=source,
-        max_target_len=target if seq2seq else 0,
-    )
-    before = work
-    for _, changed in milder(work):
-        assert changed != before
-        assert changed.gradient_checkpointing == "on"
-        assert changed.max_seq_len <= before.max_seq_len
-        assert changed.max_target_len <= before.max_target_len
-        longest_before, longest = (max(w.max_seq_len, w.max_target_len) for w in (work, changed))
-        assert longest >= min(SHORTEST_SEQUENCE, longest_before)
-        before = changed
-
-
-# What a peak is made of.
-
-
-@given(
-    parameters=st.integers(0, 10**10),
-    share=st.floats(0, 1),
-    process=st.integers(0, 10**10),
-    grown=st.integers(0, 10**11),
-)
-def test_the_items_sum_to_the_peak(parameters: int, share: float, process: int, grown: int) -> None:
-    work = workload(parameters=parameters, trainable_parameters=int(share * parameters))
-    state = 4 * work.parameters + 12 * work.trainable_parameters
-    items = itemise(work, state + process, state + process + grown)
-    assert sum(items.values()) == state + process + grown
-    assert items == {
-        "weights": 4 * work.parameters,
-        "gradients": 4 * work.trainable_parameters,
-        "optimizer_state": 8 * work.trainable_parameters,
-        "process": process,
-        "activations_and_temporaries": grown,
-    }
-
-
-def test_frozen_weights_have_neither_gradients_nor_optimizer_state() -> None:
-    items = itemise(workload(trainable_parameters=0), 0, 0)
-    assert (items["gradients"], items["optimizer_state"]) == (0, 0)
-
-
-@given(resident=st.integers(0, 2**40), peak=st.integers(0, 2**40))
-def test_no_item_is_negative_whatever_was_measured(resident: int, peak: int) -> None:
-    assert min(itemise(workload(), resident, peak).values()) >= 0

@@ -36,7 +36,7 @@ def errand(tmp_path: Path, model: str = "tiny", data: tuple[str, ...] | None = N
 
 def dry(rows: int = 2, **changes: object) -> Dry:
     work = workload("llama", **({"model": "tiny"} | changes))
-    return Dry(workload=work, device="cpu", micro_batch_size=rows, excerpt=None)
+    return Dry(workload=work, device="cpu", micro_batch_size=rows, verify=True, limit_bytes=2**40, excerpt=None)
 
 
 def test_an_errand_is_answered(tmp_path: Path) -> None:

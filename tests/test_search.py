@@ -11,8 +11,9 @@ from facts import completed, out_of_memory, traced
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from autotune.batching import useful_sizes
 from autotune.plan import Traced, Trial
-from autotune.search import is_safe, largest_safe, next_size, sizes_to_trace
+from autotune.search import bracket, is_safe, is_within, largest_safe, next_size, sizes_to_trace
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Machine:
         )
 
     def next_size(self, trials: Sequence[Trial], largest: int) -> int | None:
-        return next_size(trials, self.budget, largest, self.traced(largest), self.resident)
+        return next_size(trials, self.budget, range(1, largest + 1), self.traced(largest), self.resident)
 
     def truly_largest(self, largest: int) -> int:
         """The largest size that fits, by trying all."""
@@ -286,60 +287,64 @@ def test_traced_sizes_rise_to_the_largest_and_are_few(largest: int) -> None:
 
 def test_with_a_trace_the_first_trial_is_what_would_run_if_that_leaves_room_for_a_wrong_trace() -> None:
     traces = [traced(rows, {"forward_backward": 10 * rows}) for rows in (1, 16, 64)]
-    assert next_size([], 1000, 64, traces, 100) == 64, "740 of 1000 bytes"
-    assert next_size([], 700, 64, traces, 100) == 32, "60 rows fit, so that 64 go 2 x 32: 420 of 700 bytes"
-    assert next_size([], 430, 64, traces, 100) == 11, "33 rows fit, 2 x 32 would be 420 of 430 bytes: half of them"
-    assert next_size([], 90, 64, traces, 100) == 1, "not even one is promised"
+    assert next_size([], 1000, useful_sizes(64), traces, 100) == 64, "740 of 1000 bytes"
+    assert next_size([], 700, useful_sizes(64), traces, 100) == 32, (
+        "all 64 do not fit, so that they go 2 x 32: 420 of 700 bytes"
+    )
+    assert next_size([], 430, useful_sizes(64), traces, 100) == 11, "2 x 32 would be 420 of 430 bytes: half of that"
+    assert next_size([], 90, range(1, 64 + 1), traces, 100) == 1, "not even one is promised"
 
 
 def test_the_second_trial_is_the_prediction_corrected_by_the_first() -> None:
     traces = [traced(rows, {"forward_backward": 10 * rows}) for rows in (1, 16, 64)]
     first = completed(11, {"forward_backward": 240})
-    assert next_size([first], 430, 64, traces, 100) == 30
-    assert next_size([first, completed(30, {"forward_backward": 430})], 430, 64, traces, 100) is None
+    assert next_size([first], 430, range(1, 64 + 1), traces, 100) == 30
+    assert next_size([first, completed(30, {"forward_backward": 430})], 430, range(1, 64 + 1), traces, 100) is None
 
 
 def test_below_a_first_trial_that_failed_the_search_goes_on() -> None:
     traces = [traced(rows, {"forward_backward": 10 * rows}) for rows in (1, 16, 64)]
-    assert next_size([out_of_memory(32)], 430, 64, traces, 100) == 16
-    assert next_size([completed(32, {"forward_backward": 800})], 430, 64, traces, 100) == 1, "480 too much at 32"
+    assert next_size([out_of_memory(32)], 430, range(1, 64 + 1), traces, 100) == 16
+    assert next_size([completed(32, {"forward_backward": 800})], 430, range(1, 64 + 1), traces, 100) == 1, (
+        "480 too much at 32"
+    )
 
 
 def test_one_row_is_tried_first_and_again_where_only_larger_sizes_were() -> None:
-    assert next_size([], 100, 8) == 1
-    assert next_size([out_of_memory(5)], 100, 8) == 1
+    assert next_size([], 100, range(1, 8 + 1)) == 1
+    assert next_size([out_of_memory(5)], 100, range(1, 8 + 1)) == 1
 
 
 def test_the_second_trial_goes_for_all_if_the_first_promises_that_all_fits() -> None:
     first = completed(1, {"forward_backward": 60}, resident_bytes=50)
-    assert next_size([first], 50 + 8 * 10, 8) == 8
+    assert next_size([first], 50 + 8 * 10, range(1, 9)) == 8
 
 
 def test_the_second_trial_goes_half_way_if_not_all_is_promised_and_the_third_to_the_prediction() -> None:
     first = completed(1, {"forward_backward": 60}, resident_bytes=50)
-    assert next_size([first], 250, 100) == 10, "155 bytes lie halfway between 60 and 250"
+    assert next_size([first], 250, range(1, 100 + 1)) == 10, "155 bytes lie halfway between 60 and 250"
     second = completed(10, {"forward_backward": 150})
-    assert next_size([first, second], 250, 100) == 20
-    assert next_size([first, second, completed(20, {"forward_backward": 250})], 250, 100) is None
+    assert next_size([first, second], 250, range(1, 100 + 1)) == 20
+    assert next_size([first, second, completed(20, {"forward_backward": 250})], 250, range(1, 100 + 1)) is None
 
 
 def test_a_gain_of_less_than_a_tenth_is_not_worth_a_trial() -> None:
     trials = [completed(1, {"forward_backward": 1}), completed(100, {"forward_backward": 100})]
-    assert next_size(trials, 110, 240) is None
-    assert next_size(trials, 111, 240) == 111
-    assert next_size([*trials, out_of_memory(111)], 240, 240) is None
+    assert next_size(trials, 110, range(1, 240 + 1)) is None
+    assert next_size(trials, 111, range(1, 240 + 1)) == 111
+    assert next_size([*trials, out_of_memory(111)], 240, range(1, 240 + 1)) is None
 
 
 def test_a_size_that_failed_below_a_safe_one_does_not_end_the_search() -> None:
     erratic = [completed(1, {"forward_backward": 10}), out_of_memory(3), completed(10, {"forward_backward": 100})]
-    assert next_size(erratic, 300, 240) == 30
+    assert next_size(erratic, 300, range(1, 240 + 1)) == 30
 
 
 def test_a_bracket_that_the_model_was_wrong_about_is_halved() -> None:
     fits = [completed(rows, {"forward_backward": rows}) for rows in (1, 10)]
     failed = [out_of_memory(rows) for rows in (100, 60)]
-    assert next_size([*fits, *failed], 1000, 200) == 35
-    assert next_size([*fits, *failed], 20, 200) == 20, "unless the prediction lies lower"
+    assert next_size([*fits, *failed], 1000, range(1, 200 + 1)) == 35
+    assert next_size([*fits, *failed], 20, range(1, 200 + 1)) == 20, "unless the prediction lies lower"
 
 
 def test_a_size_over_the_budget_is_not_safe_though_it_completed() -> None:
@@ -347,7 +352,7 @@ def test_a_size_over_the_budget_is_not_safe_though_it_completed() -> None:
     assert is_safe(trial, 101)
     assert not is_safe(trial, 100)
     assert largest_safe([completed(2, {"forward_backward": 50}), trial], 100) == 2
-    assert next_size([completed(2, {"forward_backward": 50}), trial], 100, 8) == 3
+    assert next_size([completed(2, {"forward_backward": 50}), trial], 100, range(1, 8 + 1)) == 3
 
 
 @pytest.mark.parametrize("outcome", ["out_of_memory", "killed", "timed_out"])
@@ -357,3 +362,33 @@ def test_a_trial_that_did_not_complete_is_not_safe_whatever_it_held(outcome: str
 
 def test_a_trial_without_a_known_peak_is_not_safe() -> None:
     assert not is_safe(completed(1, {"forward_backward": 1}, peak_bytes=None), 100)
+
+
+# A first trial may only tell where to look.
+
+
+def test_a_size_that_was_only_explored_is_verified_before_it_is_the_answer() -> None:
+    explored = completed(4, {"forward_backward": 40}, verified=False)
+    assert largest_safe([explored], 100) == 0
+    assert next_size([explored, out_of_memory(5)], 100, range(1, 9)) == 4
+    verified = completed(4, {"forward_backward": 41})
+    assert next_size([explored, verified, out_of_memory(5)], 100, range(1, 9)) is None
+    assert largest_safe([explored, verified], 100) == 4
+
+
+def test_a_size_that_was_within_the_budget_only_the_first_time_is_not() -> None:
+    trials = [completed(4, {"forward_backward": 99}, verified=False), completed(4, {"forward_backward": 101})]
+    assert bracket(trials, 100) == (0, 4)
+    assert next_size(trials, 100, range(1, 9)) == 2
+
+
+@unhurried
+@given(machine=machines, largest=largest_sizes)
+def test_a_search_whose_first_trial_explores_ends_too_with_a_verified_answer(machine: Machine, largest: int) -> None:
+    trials: list[Trial] = []
+    while (rows := machine.next_size(trials, largest)) is not None:
+        assert rows not in (t.micro_batch_size for t in trials if t.verified), "verified twice"
+        trials.append(machine.try_size(rows).model_copy(update={"verified": bool(trials)}))
+    answer = largest_safe(trials, machine.budget)
+    assert answer or not any(is_within(t, machine.budget) for t in trials)
+    assert len(trials) <= ceil(log2(largest)) + 9

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from autotune.errands import DRY_LENGTHS, DRY_MICRO_BATCHES, Dry, DryReport
+from autotune.errands import DRY_LENGTHS, DRY_MICRO_BATCHES, EXPLORING_LENGTHS, Dry, DryReport
 from autotune.plan import Timed, Timing
 from trainer.data import TokenStore, order
 from trainer.evaluate import total_loss
@@ -23,6 +24,10 @@ from trainer.step import TrainState, accumulate, start, update
 LEARNING_RATE = 1e-4
 CLIP = 1.0
 REPEATS = 3
+TIMED_SAMPLES = 16
+"""In a repeat at least: a few samples tell little of the rest."""
+BEGINNING_SAMPLES = 2**16
+"""Among so many, as a run takes them, the heaviest micro-batches are looked for."""
 TIMED_SECONDS = 5.0
 """After which no further size is timed, and no repeat begun."""
 
@@ -33,6 +38,9 @@ def take_dry_steps(errand: Dry) -> DryReport:
     A first step is no guide: the optimizer's moments are made in it, and held in all later ones.
     """
     workload, device = errand.workload, torch.device(errand.device)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, errand.limit_bytes / total))
     meter = PeakMeter(device)
     torch.manual_seed(0)
     model = build_for(workload, None, device)
@@ -42,7 +50,7 @@ def take_dry_steps(errand: Dry) -> DryReport:
     state = start(model, weight_decay=0.1, precision=workload.precision)
     special = SpecialTokens(0, 0)
     ids, timings = range(errand.micro_batch_size), []
-    for share in DRY_LENGTHS:
+    for share in DRY_LENGTHS if errand.verify else EXPLORING_LENGTHS:
         samples = WorstCase(workload, share)
         batch = collate(ids, samples, workload, special)
         targets = DRY_MICRO_BATCHES * target_count(ids, samples)
@@ -61,6 +69,7 @@ def take_dry_steps(errand: Dry) -> DryReport:
     with account.phase("evaluation"):
         total_loss(model, [batch], workload.precision, device).item()
     timed = _time(state, errand)
+    expected = _expected_peak(state, errand, meter)
     return DryReport(
         peak_bytes=account.peak_bytes,
         phases=account.phases,
@@ -69,6 +78,7 @@ def take_dry_steps(errand: Dry) -> DryReport:
         timings=tuple(timings),
         timed=timed,
         evaluation_seconds=account.seconds["evaluation"],
+        expected_peak_bytes=expected,
     )
 
 
@@ -77,25 +87,46 @@ def _time(state: TrainState, errand: Dry) -> tuple[Timed, ...]:
     if errand.excerpt is None:
         return ()
     store, samples = TokenStore(Path(errand.excerpt.store)), errand.micro_batch_size
+    samples *= ceil(TIMED_SAMPLES / samples)
     ids = np.resize(order(len(store), errand.excerpt.seed, 0), REPEATS * samples)
     first, *others = ids.reshape(REPEATS, samples)
-    seconds: dict[int, list[float]] = {}
+    taken: dict[int, list[tuple[int, float]]] = {}
     began = time.perf_counter()
     for rows in errand.excerpt.sizes:
-        if not seconds or time.perf_counter() - began < TIMED_SECONDS:
-            seconds[rows] = [_seconds_of(state, errand, first, rows, store)]
+        if not taken or time.perf_counter() - began < TIMED_SECONDS:
+            taken[rows] = [_run(state, errand, first, rows, store)]
     for repeat in others:
         if time.perf_counter() - began < TIMED_SECONDS:
-            for rows, taken in seconds.items():
-                taken.append(_seconds_of(state, errand, repeat, rows, store))
-    return tuple(Timed(rows=rows, samples=samples, seconds=tuple(taken)) for rows, taken in seconds.items())
+            for rows, runs in taken.items():
+                runs.append(_run(state, errand, repeat, rows, store))
+    return tuple(
+        Timed(rows=rows, samples=samples, padded_tokens=tuple(p for p, _ in runs), seconds=tuple(s for _, s in runs))
+        for rows, runs in taken.items()
+    )
 
 
-def _seconds_of(state: TrainState, errand: Dry, ids: Any, rows: int, store: TokenStore) -> float:
+def _run(state: TrainState, errand: Dry, ids: Any, rows: int, store: TokenStore) -> tuple[int, float]:
+    """Run forward and backward of some samples; return the tokens that they were padded to, and the seconds."""
     began = time.perf_counter()
-    batches = lay_out(ids, rows, store, errand.workload, SpecialTokens(0, 0))
+    batches = list(lay_out(ids, rows, store, errand.workload, SpecialTokens(0, 0)))
     accumulate(state, batches, target_count(ids, store), errand.workload.precision).item()
-    return time.perf_counter() - began
+    return sum(batch.padded_tokens for batch in batches), time.perf_counter() - began
+
+
+def _expected_peak(state: TrainState, errand: Dry, meter: PeakMeter) -> int | None:
+    """Measure the micro-batches of a run's beginning that are padded to most tokens and that have most targets."""
+    if errand.excerpt is None:
+        return None
+    store = TokenStore(Path(errand.excerpt.store))
+    rows = min(errand.micro_batch_size, len(store))
+    whole = max(rows, min(len(store), BEGINNING_SAMPLES) // rows * rows)
+    cuts: Any = order(len(store), errand.excerpt.seed, 0)[:whole].reshape(-1, rows)
+    longest = [max(len(store.tokens(i)) for i in cut) for cut in cuts]
+    targets = [target_count(cut, store) for cut in cuts]
+    meter.reset()
+    for heaviest in {int(np.argmax(longest)), int(np.argmax(targets))}:
+        _run(state, errand, cuts[heaviest], rows, store)
+    return meter.peak_bytes()
 
 
 class Account:

@@ -1,4 +1,4 @@
-"""The trace: the real step under fake tensors. Peak bytes of each phase, and of what, without touching hardware.
+"""The trace: the real step under fake tensors. Peak bytes of each phase, of what, and the work, without hardware.
 
 Every operator runs as it will in training, on tensors that have a shape and no memory; a storage is counted from when
 it is made to when it is freed. Tensors are fake ones of the processor, whatever the device: a torch without CUDA cannot
@@ -19,9 +19,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 
 from autotune.errands import Trace, TraceReport
-from autotune.plan import Traced, Workload
+from autotune.plan import Traced, Work, Workload
 from trainer.evaluate import total_loss
 from trainer.memory import PeakMeter
 from trainer.microbatch import MULTIPLE, MicroBatch, SpecialTokens, WorstCase, collate
@@ -32,20 +33,22 @@ CPU = torch.device("cpu")
 RATE, CLIP = 1e-4, 1.0
 
 
-def trace(errand: Trace) -> TraceReport:
-    """Trace the step at each size, and say what this process held before there was a model."""
+def trace(errand: Trace) -> Iterator[TraceReport]:
+    """Trace each workload's step at each size, and say what this process held before there was a model."""
     process = PeakMeter(CPU).held_bytes()
-    ledger = Ledger()
-    with FakeTensorMode() as fake, ledger:
-        step = _TracedStep(errand.workload, fake, ledger)
-        traced = tuple(step.at(rows) for rows in errand.micro_batch_sizes)
-    return TraceReport(process_bytes=process, traced=traced)
+    for workload in errand.workloads:
+        ledger = Ledger()
+        with FakeTensorMode() as fake, ledger:
+            step = _TracedStep(workload, fake, ledger)
+            traced = tuple(step.at(rows) for rows in errand.micro_batch_sizes)
+        yield TraceReport(process_bytes=process, traced=traced)
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of live storages by what they are for, and remembers the most there were since the last reset.
 
-    `kind` is what is being made; what a backward makes is temporary, unless it is said to be a gradient.
+    Beside them it counts the work. `kind` is what is being made; what a backward makes is temporary, unless it is said
+    to be a gradient.
     """
 
     def __init__(self) -> None:
@@ -55,30 +58,51 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live: Counter[str] = Counter()
         self._total = self.peak_bytes = 0
         self.items: dict[str, int] = {}
+        self.operators = self.flops = self.moved_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator, and count what it made."""
+        """Run an operator, and count what it made and what there was to do."""
         made = func(*args, **kwargs or {})
-        for value in tree_iter(made):
-            if isinstance(value, Tensor):
-                self.count(value)
+        results = [value for value in tree_iter(made) if isinstance(value, Tensor)]
+        fresh = [self.count(tensor) for tensor in results]
+        if any(fresh) or func._schema.is_mutable:  # else it is a view, or a question
+            self._add_work(func.overloadpacket, args, kwargs or {}, made, results)
         return made
 
-    def count(self, tensor: Tensor) -> None:
-        """Enter a tensor's storage, unless it stands in the ledger already."""
+    def _add_work(self, operator: Any, args: Any, kwargs: Any, made: Any, results: list[Tensor]) -> None:
+        """Add flops where they are known to dominate (as torch.utils.flop_counter counts them), else bytes moved."""
+        self.operators += 1
+        if operator in flop_registry:
+            self.flops += flop_registry[operator](*args, **kwargs, out_val=made)
+        else:
+            read = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
+            # An operator that returns nothing has written what it was given.
+            self.moved_bytes += sum(tensor.numel() * tensor.element_size() for tensor in (*read, *(results or read)))
+
+    def count(self, tensor: Tensor) -> bool:
+        """Enter a tensor's storage; say whether it is a new one."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._entries:
-            return
+            return False
         # In a backward no code of ours runs that could say what is made.
         kind = self.kind if torch._C._current_graph_task_id() == -1 else "temporaries"
         self._enter(key, kind, storage.nbytes())
         weakref.finalize(storage, self._strike, key).atexit = False
         if self._total > self.peak_bytes:
-            self.reset()
+            self._note_peak()
+        return True
 
     def reset(self) -> None:
-        """Start a new peak at what is live now."""
+        """Start a new peak at what is live now, and a new account of work."""
+        self.operators = self.flops = self.moved_bytes = 0
+        self._note_peak()
+
+    def work(self) -> Work:
+        """Return the work since the last reset."""
+        return Work(operators=self.operators, flops=self.flops, moved_bytes=self.moved_bytes)
+
+    def _note_peak(self) -> None:
         self.peak_bytes, self.items = self._total, {kind: size for kind, size in self._live.items() if size}
 
     def rename(self, tensor: Tensor, kind: str) -> None:
@@ -129,8 +153,10 @@ class _TracedStep:
         batch = self._batch(rows, 1.0)
         phases: dict[str, int] = {}
         items: dict[str, int] = {}
+        work: dict[str, Work] = {}
+        self._accumulate(self._short)  # whose gradients the batch meets
         runs: dict[str, Callable[[], None]] = {
-            "forward_backward": lambda: self._accumulate(self._short, batch),
+            "forward_backward": lambda: self._accumulate(batch),
             "optimizer": self._update,
             "evaluation": lambda: self._evaluate(batch),
         }
@@ -139,13 +165,18 @@ class _TracedStep:
             run()
             if self.ledger.peak_bytes >= max(phases.values(), default=0):
                 items = self.ledger.items
-            phases[name] = self.ledger.peak_bytes
-        return Traced(micro_batch_size=rows, phases=phases, items=items)
+            phases[name], work[name] = self.ledger.peak_bytes, self.ledger.work()
+        return Traced(
+            micro_batch_size=rows,
+            phases=phases,
+            items=items,
+            work=work["forward_backward"],
+            update=work["optimizer"],
+        )
 
-    def _accumulate(self, *batches: MicroBatch) -> None:
-        for batch in batches:
-            with self.ledger.making("activations"):
-                accumulate(self.state, [batch], 1, self.workload.precision)
+    def _accumulate(self, batch: MicroBatch) -> None:
+        with self.ledger.making("activations"):
+            accumulate(self.state, [batch], 1, self.workload.precision)
 
     def _update(self, making: str = "temporaries") -> None:
         with self.ledger.making(making):

@@ -35,6 +35,7 @@ MEMORY_ERRORS = (
     "CUDA out of memory",
     "NVML_SUCCESS == r INTERNAL ASSERT",
     "std::bad_alloc",
+    "could not create a primitive",  # oneDNN, whose errors tell no more
 )
 """What an allocator or a library that could not get its memory writes, when it is no torch.OutOfMemoryError."""
 
@@ -82,7 +83,8 @@ def _do(errand: Errand, events: Events) -> None:
         events.send("result", result=answer.model_dump(mode="json"))
         return
     if isinstance(errand, Trace):
-        events.send("result", result=trace(errand).model_dump(mode="json"))
+        for report in trace(errand):
+            events.send("result", result=report.model_dump(mode="json"))
         return
     _prepare_device(errand)
     if isinstance(errand, Dry):

@@ -1,0 +1,58 @@
+"""Our planner, as a finder among others: plans, then trains that plan. Run by `peers.py`.
+
+python ours.py ERRAND     the errand is JSON: see `peers.prepare`
+
+Like chatlm itself it loads no torch: the workers that it starts do.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from reports import Reports
+
+from autotune.errands import Recipe, TokenIds, Train
+from autotune.hardware import read_hardware
+from autotune.plan import Request, Workload
+from autotune.planner import Planner
+from autotune.process import Worker
+
+
+def main() -> None:
+    report, errand = Reports(), json.loads(sys.argv[1])
+    recipe = Recipe(
+        epochs=1, max_steps=errand["steps"], learning_rate=1e-4, schedule="constant", warmup=0, weight_decay=0.01,
+        clip=1.0, seed=42,
+    )  # fmt: skip
+    request = Request(
+        effective_batch_size=errand["effective_batch_size"], micro_batch_size=None, prefer="largest",
+        checkpointing="given", memory_limit_bytes=None, headroom=None, offline=False,
+    )  # fmt: skip
+    planner = Planner(Workload.model_validate(errand["workload"]), read_hardware(Path()), request, recipe, None)
+    for trial in planner.make():
+        report("forward", trial.micro_batch_size)
+        for _ in trial.timings:
+            report("step")
+        if trial.outcome == "out_of_memory":
+            report("out_of_memory")
+    plan = planner.plan
+    assert plan is not None
+    report("found", plan.batching.largest_safe_micro_batch_size)
+
+    folder = errand["folder"]
+    train = Train(
+        plan=plan, recipe=recipe, store=f"{folder}/store", validation_store=None, tokenizer_dir=f"{folder}/tokenizer",
+        ids=TokenIds(pad=0, eos=1, bos=None), output_dir=f"{folder}/run",
+    )  # fmt: skip
+    with Worker(train, plan.hardware.cores, plan.workload.cpu_allocator) as worker:
+        for event in worker.events():
+            if event["event"] == "metrics" and event["row"]["kind"] == "train":
+                report("step")
+                report("effective", event["row"]["samples"])
+        assert worker.exit_code == 0, worker.last_words()
+
+
+if __name__ == "__main__":
+    main()

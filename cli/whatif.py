@@ -1,0 +1,126 @@
+"""What if: the plan with one thing changed, and profiles side by side. From settings to tables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from autotune.errands import DataSummary, Preprocessed
+from autotune.errors import ConfigurationError
+from autotune.hardware import imagine_hardware
+from autotune.levers import Scene, with_length, with_rows
+from autotune.plan import Hardware
+from cli.wiring import make_recipe, make_request, make_workload
+from profiles import FIELDS, Resolved, did_you_mean, resolve
+
+COMPARED = ("small", "fast", "standard")
+"""The profiles that people know from the tables of ChatLM-mini-Chinese."""
+LEVERS = (
+    "rows",
+    "gpus",
+    "max_seq_len",
+    "max_target_len",
+    "effective_batch_size",
+    "batch_size_per_gpu",
+    "epochs",
+    "precision",
+    "gradient_checkpointing",
+    "memory_limit",
+    "headroom",
+)
+"""What can be varied; `rows` are those of the data, `gpus` needs --gpu."""
+
+
+def parse_lever(text: str) -> tuple[str, list[str]]:
+    """Read NAME=VALUE,VALUE; raises ConfigurationError for what is no lever."""
+    match = re.fullmatch(r"(?:--)?([a-z][a-z_-]*)=(.+)", text)
+    if match is None:
+        raise ConfigurationError(f"{text!r} varies nothing", "write it like max-seq-len=192,256,512")
+    name = match[1].replace("-", "_")
+    if name not in LEVERS:
+        known = [lever.replace("_", "-") for lever in LEVERS]
+        raise ConfigurationError(f"{match[1]!r} cannot be varied", did_you_mean(match[1], known))
+    return name, match[2].split(",")
+
+
+class Stage:
+    """Where scenes are set: what was asked, on which data and hardware."""
+
+    def __init__(
+        self,
+        given: Mapping[str, Any],
+        profile: str | None,
+        config: str | None,
+        hardware: Hardware,
+        facts: Preprocessed,
+        gpu: str | None,
+    ) -> None:
+        self._given, self._profile, self._config = given, profile, config
+        self._hardware, self._facts, self._gpu = hardware, facts, gpu
+
+    def levers(self, levers: Sequence[tuple[str, Sequence[str]]]) -> dict[str, Scene]:
+        """Set a scene for what was asked, and one for each value of each lever."""
+        scenes = {"as asked": self._scene(self._resolved({}), search=True)}
+        for name, values in levers:
+            for value in values:
+                scenes[f"{name.replace('_', '-')} {value}"] = self._changed(name, value)
+        return scenes
+
+    def profiles(self) -> dict[str, Scene]:
+        """Set a scene for each profile with its own batch, and one that searches."""
+        names = dict.fromkeys([*COMPARED, *([self._profile] if self._profile else [])])
+        scenes = {name: self._scene(resolve(self._given, self._config, name), search=False) for name in names}
+        return scenes | {"auto": self._scene(self._resolved({}), search=True)}
+
+    def _resolved(self, changes: Mapping[str, Any]) -> Resolved:
+        return resolve({**self._given, **changes}, self._config, self._profile)
+
+    def _changed(self, name: str, value: str) -> Scene:
+        if name == "rows":
+            scene = self._scene(self._resolved({}), search=True)
+            if scene.data is None:
+                raise ConfigurationError("rows can be varied only where there are some", "give --data")
+            return scene._replace(data=with_rows(scene.data, _whole(name, value)))
+        if name == "gpus":
+            if self._gpu is None:
+                raise ConfigurationError("gpus can be varied only for a card that is named", "give --gpu CARD")
+            hardware = imagine_hardware(self._gpu, _whole(name, value), Path())
+            return self._scene(self._resolved({}), search=True, hardware=hardware)
+        kind = FIELDS[name].type
+        number = _whole(name, value) if "int" in str(kind) else float(value) if name == "epochs" else value
+        return self._scene(self._resolved({name: number}), search=True)
+
+    def _scene(self, resolved: Resolved, *, search: bool, hardware: Hardware | None = None) -> Scene:
+        settings, hardware = resolved.settings, hardware or self._hardware
+        target = settings.max_target_len or settings.max_seq_len
+        facts = self._facts.model_copy(
+            update={
+                "data": _cut(self._facts.data, settings.max_seq_len, target),
+                "validation": _cut(self._facts.validation, settings.max_seq_len, target),
+            }
+        )
+        workload = make_workload(settings, facts, hardware)
+        request = make_request(resolved, hardware.world_size, search=search)
+        return Scene(workload, hardware, request, make_recipe(settings, workload.stage), facts.data)
+
+
+def _cut(data: DataSummary | None, source: int, target: int) -> DataSummary | None:
+    return with_length(data, source, target) if data else None
+
+
+def _whole(name: str, value: str) -> int:
+    try:
+        number = int(value.replace("_", ""))
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ConfigurationError(f"{name.replace('_', '-')} = {value!r} is no whole number above 0")
+    return number
+
+
+def longest_asked(settings_length: int, levers: Sequence[tuple[str, Sequence[str]]], name: str) -> int:
+    """Return the longest limit among what is asked and varied: the data is read at that, and cut for each scene."""
+    values = [_whole(lever, value) for lever, all_ in levers if lever == name for value in all_]
+    return max([settings_length, *values])
