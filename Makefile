@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SMOKE := .venv-smoke/bin
 PEERS := .venv-peers/bin
-PURE := autotune/plan.py,autotune/evidence.py,autotune/search.py,autotune/batching.py,autotune/forecast.py,autotune/errands.py,trainer/microbatch.py
+PURE := autotune/plan.py,autotune/evidence.py,autotune/search.py,autotune/account.py,autotune/alternatives.py,autotune/estimate.py,autotune/levers.py,autotune/batching.py,autotune/forecast.py,autotune/errands.py,trainer/microbatch.py
 
 .PHONY: help demo test check smoke bench clean
 help:
@@ -11,7 +11,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make check   formatting, lint, types, import contracts, tests, coverage of the pure files"
 	@echo "make smoke   build the wheel, install it apart, plan and train with it"
-	@echo "make bench   our planner beside the finders that people use otherwise; half an hour, Linux and root"
+	@echo "make bench   how true plans are, and beside the finders that people use otherwise; 2 hours, Linux and root"
 
 # torch comes first and by its tested version: an open range would take the newest, with gigabytes of CUDA packages.
 .venv/ready: pyproject.toml constraints.txt
@@ -50,6 +50,7 @@ smoke: .venv/ready
 	touch $@
 
 bench: .venv/ready .venv-peers/ready
+	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/peers.py
 
 clean:

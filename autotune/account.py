@@ -88,14 +88,24 @@ def check_room(plan: Plan, budget: Budget) -> None:
         )
 
 
-def check_host(hardware: Hardware, needed_bytes: int) -> None:
-    """Raise NothingFitsError where the card has room and the host has none: fewer rows would not change that."""
-    budget = host_budget(hardware)
-    if hardware.device == "cuda" and needed_bytes > budget:
+def check_host(hardware: Hardware, workload: Workload, trial: Trial) -> None:
+    """Raise NothingFitsError where the card has room and the host has none: fewer rows would not change that.
+
+    Every rank holds what a worker held, and the first one the weights once more while it saves them. A card that shares
+    the host's memory holds its own there too.
+    """
+    ranks = hardware.world_size * (trial.host_peak_bytes or 0)
+    saving = 4 * workload.parameters
+    shared = trial.peak_bytes or 0 if hardware.device_memory_total_bytes == hardware.host_memory_total_bytes else 0
+    needed, budget = ranks + saving + shared, host_budget(hardware)
+    if hardware.device == "cuda" and needed > budget:
         raise NothingFitsError(
-            f"training holds {needed_bytes / GIB:.2f} GiB of host memory, and the budget there is "
-            f"{budget / GIB:.2f} GiB ({hardware.host_memory_available_bytes / GIB:.2f} GiB by "
-            f"{hardware.host_memory_limited_by}, less headroom)",
+            f"training holds {needed / GIB:.2f} GiB of host memory ({ranks / GIB:.2f} GiB for "
+            f"{hardware.world_size} ranks, {saving / GIB:.2f} GiB to save the weights"
+            + f", {shared / GIB:.2f} GiB of the card's"
+            * (shared > 0)
+            + f"), and the budget there is {budget / GIB:.2f} GiB ({hardware.host_memory_available_bytes / GIB:.2f} "
+            f"GiB by {hardware.host_memory_limited_by}, less headroom)",
             "close other programs",
         )
 

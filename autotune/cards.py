@@ -120,6 +120,12 @@ def read_card(visible: str | None, nvml: Any = None, root: Path = Path("/")) -> 
     return _read_entry(nvml, entry)
 
 
+def free_card_bytes() -> int | None:
+    """Return what is free on the first card that CUDA would see; None where that is not told."""
+    card = read_card(os.environ.get("CUDA_VISIBLE_DEVICES")).card
+    return card.memory.free_bytes if card and card.memory else None
+
+
 def _plain(name: str) -> str:
     """Return a card's name as people mean it: case, spaces and the maker's words do not matter."""
     return re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", name.lower())

@@ -5,15 +5,20 @@ One worker a size that is tried: on a processor a peak only rises, and a death c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from pydantic import ValidationError
 
+from autotune.cards import free_card_bytes
 from autotune.errands import Dry, DryReport, Trace, TraceReport
 from autotune.plan import Hardware, Outcome, Trial, Workload
 from autotune.process import Worker, WorkerCrashedError, ask, held_bytes
 
 TIME_LIMIT_SECONDS = 600.0
+GIVEN_BACK_SECONDS = 10.0
+NOISE_BYTES = 64 * 2**20
+"""By which the free memory of a card varies with what others do on it."""
 GIB = 2**30
 
 
@@ -70,25 +75,38 @@ def try_size(
                     + worker.last_words()
                 )
             outcome, message = "killed", "signal 9, as an out-of-memory killer sends it"
-        known = report if outcome is None else None
-        return Trial(
-            micro_batch_size=errand.micro_batch_size,
-            cpu_allocator=errand.workload.cpu_allocator,
-            gradient_checkpointing=errand.workload.gradient_checkpointing,
-            verified=errand.verify,
-            outcome=outcome or "completed",
-            peak_bytes=known.peak_bytes if known else None,
-            predicted_peak_bytes=predicted_peak_bytes,
-            phases=known.phases if known else {},
-            resident_bytes=known.resident_bytes if known else None,
-            host_peak_bytes=known.host_peak_bytes if known else None,
-            timings=known.timings if known else (),
-            timed=known.timed if known else (),
-            evaluation_seconds=known.evaluation_seconds if known else None,
-            expected_peak_bytes=known.expected_peak_bytes if known else None,
-            seconds=worker.seconds,
-            message=message,
-        )
+        seconds = worker.seconds
+    if outcome is not None and hardware.device == "cuda":
+        message += _wait_for_memory(hardware.device_memory_free_bytes)
+    known = report if outcome is None else None
+    return Trial(
+        micro_batch_size=errand.micro_batch_size,
+        cpu_allocator=errand.workload.cpu_allocator,
+        gradient_checkpointing=errand.workload.gradient_checkpointing,
+        verified=errand.verify,
+        outcome=outcome or "completed",
+        peak_bytes=known.peak_bytes if known else None,
+        predicted_peak_bytes=predicted_peak_bytes,
+        phases=known.phases if known else {},
+        resident_bytes=known.resident_bytes if known else None,
+        host_peak_bytes=known.host_peak_bytes if known else None,
+        timings=known.timings if known else (),
+        timed=known.timed if known else (),
+        evaluation_seconds=known.evaluation_seconds if known else None,
+        expected_peak_bytes=known.expected_peak_bytes if known else None,
+        seconds=seconds,
+        message=message,
+    )
+
+
+def _wait_for_memory(free_before: int, read_free: Callable[[], int | None] = free_card_bytes) -> str:
+    """Wait until a card has back what a dead worker held: a driver takes a moment; say so if it does not."""
+    end = time.monotonic() + GIVEN_BACK_SECONDS
+    while (free := read_free()) is not None and free < free_before - NOISE_BYTES:
+        if time.monotonic() > end:
+            return f"; {(free_before - free) / GIB:.2f} GiB of the card were not given back since"
+        time.sleep(0.1)
+    return ""
 
 
 def _report(event: dict[str, object]) -> DryReport | None:

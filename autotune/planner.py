@@ -235,7 +235,7 @@ class Planner:
 
     def _write(self, exploration: Exploration, rows: int, limited_by: LimitedBy) -> Plan:
         trial = exploration.trial_of(rows)
-        check_host(self._hardware, trial.host_peak_bytes or 0)
+        check_host(self._hardware, exploration.workload, trial)
         batching = self._reach(rows, max(rows, exploration.largest), limited_by)
         speed = measure_speed(trial, exploration.workload, batching)
         tried = [t for e in self._explorations for t in e.tried]

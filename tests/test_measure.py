@@ -15,7 +15,7 @@ from test_planner import PROCESSOR
 from tiny_models import workload
 
 from autotune.errands import DRY_LENGTHS, EXPLORING_LENGTHS, Dry, Excerpt
-from autotune.measure import try_size
+from autotune.measure import _wait_for_memory, try_size
 from autotune.plan import Trial, Workload
 from trainer.data import write_store
 from trainer.encode import Sample
@@ -51,7 +51,7 @@ def test_real_samples_are_timed_at_each_size_in_turn(tmp_path: Path) -> None:
     write_store(samples, tmp_path, "causal", WORK.vocabulary_size)
     excerpt = Excerpt(store=str(tmp_path), seed=42, sizes=(8, 2))
     trial = tried(8, excerpt=excerpt)
-    assert [(timed.rows, timed.samples, len(timed.seconds)) for timed in trial.timed] == [(8, 8, 3), (2, 8, 3)]
+    assert [(timed.rows, timed.samples, len(timed.seconds)) for timed in trial.timed] == [(8, 16, 3), (2, 16, 3)]
     assert all(seconds > 0 for timed in trial.timed for seconds in timed.seconds)
     assert tried(2).timed == ()
 
@@ -137,3 +137,15 @@ def test_what_is_no_memory_error_is_shown_and_not_taken_for_one() -> None:
     broken: Workload = WORK.model_copy(update={"model": "no such model"})
     with pytest.raises(ConfigurationError):
         tried(1, GIB, broken)
+
+
+def test_after_a_death_it_waits_until_the_card_has_its_memory_back() -> None:
+    readings = iter([4 * GIB, 6 * GIB, 8 * GIB, 0])
+    assert _wait_for_memory(8 * GIB, lambda: next(readings)) == ""
+    assert next(readings) == 0, "and no longer"
+    assert _wait_for_memory(8 * GIB, lambda: None) == "", "where nothing tells, it does not wait"
+
+
+def test_memory_that_does_not_come_back_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autotune.measure.GIVEN_BACK_SECONDS", 0.2)
+    assert "3.00 GiB of the card were not given back" in _wait_for_memory(8 * GIB, lambda: 5 * GIB)

@@ -261,8 +261,17 @@ def test_items_are_never_negative_though_the_trace_be_too_high() -> None:
 def test_a_card_with_room_in_a_host_without_is_refused_with_the_hosts_numbers() -> None:
     machine = Machine(GIB, MIB)
     machine.host_bytes = 12 * GIB  # 11.4 remain of 12
-    with pytest.raises(NothingFitsError, match=r"12\.00 GiB of host memory.* 11\.40 GiB"):
+    with pytest.raises(
+        NothingFitsError, match=r"12\.10 GiB of host memory \(12\.00 GiB for 1 ranks, 0\.10 .* 11\.40 GiB"
+    ):
         plan_on(machine)
+    machine.host_bytes = 8 * GIB
+    plan_on(machine)
+    with pytest.raises(NothingFitsError, match=r"16\.00 GiB for 2 ranks"):
+        plan_on(machine, CARD.model_copy(update={"world_size": 2}))
+    shared = CARD.model_copy(update={"device_memory_total_bytes": CARD.host_memory_total_bytes})
+    with pytest.raises(NothingFitsError, match=r"GiB of the card's"):
+        plan_on(Machine(5 * GIB, MIB), shared.model_copy(update={"host_memory_available_bytes": 6 * GIB}))
     assert plan_on(machine, PROCESSOR).hardware.device == "cpu", "where there is one memory it is accounted once"
 
 

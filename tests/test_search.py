@@ -376,6 +376,13 @@ def test_a_size_that_was_only_explored_is_verified_before_it_is_the_answer() -> 
     assert largest_safe([explored, verified], 100) == 4
 
 
+def test_a_little_room_is_left_while_all_that_is_known_are_short_trials() -> None:
+    traces = [traced(rows, {"forward_backward": 10 * rows}) for rows in (1, 64)]
+    explored = completed(16, {"forward_backward": 160}, verified=False)
+    assert next_size([explored], 400, range(1, 65), traces) == 39
+    assert next_size([explored.model_copy(update={"verified": True})], 400, range(1, 65), traces) == 40
+
+
 def test_a_size_that_was_within_the_budget_only_the_first_time_is_not() -> None:
     trials = [completed(4, {"forward_backward": 99}, verified=False), completed(4, {"forward_backward": 101})]
     assert bracket(trials, 100) == (0, 4)
