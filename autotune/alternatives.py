@@ -88,15 +88,17 @@ def size_rows(
     peak_of: Callable[[int], int],
     largest: int,
     chosen: int,
+    useful: Sequence[int],
     measured: Mapping[int, int],
     speed_of: Callable[[int], tuple[float, bool] | None],
 ) -> tuple[SizeRow, ...]:
-    """Tell of 1, 2, 4 ... rows up to the largest that fits, and of the chosen one: what they hold and how fast.
+    """Tell of 1, 2, 4 ... rows, the chosen, the largest that fits and the next one up: what they hold and how fast.
 
     `peak_of` predicts bytes, `measured` has those that were measured, by rows; `speed_of` tells the seconds of a
     sample, and whether they were measured.
     """
-    sizes = {1 << power for power in range(largest.bit_length())} | {chosen, largest}
+    next_up = next((size for size in useful if size > largest), largest)
+    sizes = {1 << power for power in range(largest.bit_length())} | {chosen, largest, next_up}
     rows = []
     for size in sorted(sizes):
         seconds, timed = speed_of(size) or (None, False)

@@ -84,6 +84,7 @@ def estimate(
             lambda rows: estimated_peak(best.model, rows, hardware),
             best.batching.largest_safe_micro_batch_size,
             best.batching.micro_batch_size,
+            sizes,
             {},
             lambda rows: _seconds_per_sample(best, rates, rows),
         ),

@@ -90,8 +90,10 @@ def roofline_speed(traced: Sequence[Traced], rates: Rates, workload: Workload, b
     tokens = rows * workload.tokens_per_row
     whole, one = (_roofline(traced_work(traced, r), rates) for r in (rows, 1))
     beta = (whole - one) / (tokens - workload.tokens_per_row) if rows > 1 else whole / tokens
+    alpha = max(0.0, whole - beta * tokens)
     launches = LAUNCH_SECONDS * traced_work(traced, rows).operators
-    alpha = max(0.0, whole - beta * tokens, launches - beta * tokens)
+    if launches > whole:  # then shorter rows take no less
+        alpha, beta = launches, 0.0
     update = _roofline(traced[0].update, rates)
     if ranks > 1:  # a ring moves each gradient twice, but for a rank's own share
         update += 2 * (ranks - 1) / ranks * 4 * workload.trainable_parameters / RANKS_BYTES_PER_SECOND
@@ -104,7 +106,7 @@ def roofline_speed(traced: Sequence[Traced], rates: Rates, workload: Workload, b
         alpha_seconds=alpha,
         beta_seconds_per_token=beta,
         update_seconds=update,
-        evaluation_seconds_per_token=beta * FORWARD_SHARE,
+        evaluation_seconds_per_token=FORWARD_SHARE * max(whole, launches) / tokens,
     )
 
 

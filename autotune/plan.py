@@ -324,7 +324,7 @@ class Plan(BaseModel):
     alternatives: tuple[Alternative, ...]
     """What the plan was weighed against."""
     sizes: tuple[SizeRow, ...]
-    """1, 2, 4 ... up to the largest safe one, and the chosen one."""
+    """1, 2, 4 ..., the chosen one, the largest safe one, and the next that would save a micro-batch, which is not."""
     evidence: EvidenceSummary
 
     def to_json(self) -> str:

@@ -260,6 +260,7 @@ class Planner:
             model.peak_bytes,
             max(rows, exploration.largest),
             rows,
+            exploration.sizes,
             {t.micro_batch_size: t.peak_bytes for t in trials if t.verified and t.peak_bytes},
             lambda size: seconds_per_sample(size, timed, speed, exploration.workload.tokens_per_row),
         )

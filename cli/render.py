@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from autotune.errands import DataSummary, Preprocessed
 from autotune.estimate import ERROR
-from autotune.evidence import fit
 from autotune.forecast import rows_per_second
 from autotune.levers import Varied
 from autotune.plan import Alternative, Batching, CardProcess, Device, Memory, Plan, Trial
@@ -214,7 +214,7 @@ def _data_line(data: DataSummary) -> str:
 
 def why_not_larger(plan: Plan) -> str:
     """Give the reason in a sentence with its numbers."""
-    batching, memory = plan.batching, plan.memory
+    batching = plan.batching
     rows, safe = batching.micro_batch_size, batching.largest_safe_micro_batch_size
     if batching.limited_by == "effective_batch":
         return f"one micro-batch holds all {rows} samples of a rank's step"
@@ -225,29 +225,27 @@ def why_not_larger(plan: Plan) -> str:
     if batching.limited_by == "speed":
         return f"{safe} rows are safe, but {rows} were measured to be faster; --prefer largest takes {safe}"
     if not plan.evidence.trials:
-        return f"{safe} rows are the most that the trace lets fit"
-    reason = f"{safe} rows are the largest safe micro-batch, " + _next_size_up(
-        _in_force(plan), safe, memory.budget_bytes
-    )
+        return f"{safe} rows are the most that the trace lets fit, {_next_size_up(plan)}"
+    reason = f"{safe} rows are the largest safe micro-batch, {_next_size_up(plan)}"
     if rows < safe:
         reason += f"; {batching.gradient_accumulation_steps} equal micro-batches of {rows} reach the step"
     return reason
 
 
-def _next_size_up(trials: Sequence[Trial], safe: int, budget: int) -> str:
-    larger = sorted((t for t in trials if t.micro_batch_size > safe), key=attrgetter("micro_batch_size"))
-    if larger and larger[0].completed:
-        return f"{larger[0].micro_batch_size} were measured at {gib(larger[0].peak_bytes)}"
-    if larger and larger[0].outcome == "timed_out":
-        return f"{larger[0].micro_batch_size} took too long ({larger[0].message})"
-    if larger:
-        return f"{larger[0].micro_batch_size} did not fit ({larger[0].message})"
-    model = fit(trials)
-    assert model is not None
-    predicted = model.peak_bytes(safe + 1)
-    if predicted > budget:
-        return f"{safe + 1} would take {gib(predicted)} by the measured slope"
-    return "give or take a tenth, which is not worth another trial"
+def _next_size_up(plan: Plan) -> str:
+    """Say why the next size that would save a micro-batch is not taken."""
+    safe, budget = plan.batching.largest_safe_micro_batch_size, plan.memory.budget_bytes
+    above = min((row for row in plan.sizes if row.micro_batch_size > safe), key=attrgetter("micro_batch_size"))
+    rows = f"{above.micro_batch_size}, the next that would save a micro-batch,"
+    failed = [t for t in _in_force(plan) if t.micro_batch_size == above.micro_batch_size and not t.completed]
+    if failed:
+        how = "took too long" if failed[0].outcome == "timed_out" else "did not fit"
+        return f"{rows} {how} ({failed[0].message})"
+    if above.peak_measured:
+        return f"{rows} were measured at {gib(above.peak_bytes)}"
+    if above.peak_bytes > budget:
+        return f"{rows} would take {gib(above.peak_bytes)}"
+    return f"{rows} would gain too little for another trial, or come too near the budget"
 
 
 def print_account(memory: Memory) -> None:
@@ -280,6 +278,8 @@ def _sizes_table(plan: Plan) -> Table:
     for row in plan.sizes:
         speed = f"{row.samples_per_second:,.1f}" if row.samples_per_second else "-"
         chosen = "<- chosen" if row.micro_batch_size == plan.batching.micro_batch_size else ""
+        if row.micro_batch_size > plan.batching.largest_safe_micro_batch_size:
+            chosen = "not safe"
         table.add_row(
             str(row.micro_batch_size),
             gib(row.peak_bytes) + predicted(measured=row.peak_measured),
@@ -316,11 +316,12 @@ def _alternatives_table(alternatives: Sequence[Alternative]) -> Table:
 
 def print_varied(rows: Sequence[Varied], title: str, *, recommend: bool) -> None:
     """Put plans side by side, one a row, and say which goes through the data in the least time."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("", "batch", "= effective", "peak GiB", "of budget", "host GiB", "steps", "an epoch", "in all"):
-        table.add_column(name, justify="left" if name == "" else "right", no_wrap=name == "")
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
+    for name in ("", "batch", "peak GiB", "of budget", "host GiB", "steps", "an epoch", "in all"):
+        table.add_column(name, justify="left" if name == "" else "right", no_wrap=name in ("", "batch", "steps"))
     for row in rows:
-        table.add_row(escape(row.change), *(_varied_cells(row.plan) if row.plan else ["does not fit"]))
+        mark = "" if _is_measured(row) else "~ "
+        table.add_row(mark + escape(row.change), *(_varied_cells(row.plan) if row.plan else ["does not fit"]))
     out.print(table)
     for row in rows:
         if row.plan is None:
@@ -341,17 +342,16 @@ def _is_measured(row: Varied) -> bool:
 def _varied_cells(plan: Plan) -> list[str]:
     memory, batching, cast = plan.memory, plan.batching, plan.forecast
     peak = memory.measured_peak_bytes or memory.predicted_peak_bytes or 0
-    mark = predicted(measured=memory.measured_peak_bytes is not None)
     return [
         f"{batching.micro_batch_size} x {batching.gradient_accumulation_steps}"
-        + f" x {batching.world_size}" * (batching.world_size > 1),
-        str(batching.effective_batch_size),
-        f"{peak / GIB:.2f}{mark}",
+        + f" x {batching.world_size}" * (batching.world_size > 1)
+        + f" = {batching.effective_batch_size}",
+        f"{peak / GIB:.2f}",
         f"{peak / memory.budget_bytes:.0%}",
-        f"{memory.host_peak_bytes / GIB:.2f}{mark}",
+        f"{memory.host_peak_bytes / GIB:.2f}",
         f"{cast.total_steps:,}" if cast else "-",
-        duration(cast.seconds_per_epoch) + mark if cast else "-",
-        duration(cast.total_seconds) + mark if cast else "-",
+        duration(cast.seconds_per_epoch) if cast else "-",
+        duration(cast.total_seconds) if cast else "-",
     ]
 
 

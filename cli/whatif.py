@@ -88,8 +88,7 @@ class Stage:
                 raise ConfigurationError("gpus can be varied only for a card that is named", "give --gpu CARD")
             hardware = imagine_hardware(self._gpu, _whole(name, value), Path())
             return self._scene(self._resolved({}), search=True, hardware=hardware)
-        kind = FIELDS[name].type
-        number = _whole(name, value) if "int" in str(kind) else float(value) if name == "epochs" else value
+        number = _whole(name, value) if "int" in str(FIELDS[name].type) else value  # floats are read with the settings
         return self._scene(self._resolved({name: number}), search=True)
 
     def _scene(self, resolved: Resolved, *, search: bool, hardware: Hardware | None = None) -> Scene:

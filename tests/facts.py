@@ -14,6 +14,7 @@ from autotune.plan import (
     Memory,
     Plan,
     Request,
+    SizeRow,
     Speed,
     Timing,
     Traced,
@@ -198,6 +199,18 @@ def speed(**changes: Any) -> Speed:
     return Speed.model_validate(facts | changes)
 
 
+def size_row(rows: int, peak_bytes: int, **changes: Any) -> SizeRow:
+    """A size that holds so much, measured."""
+    facts = {
+        "micro_batch_size": rows,
+        "peak_bytes": peak_bytes,
+        "samples_per_second": None,
+        "peak_measured": True,
+        "speed_measured": True,
+    }
+    return SizeRow.model_validate(facts | changes)
+
+
 def plan(**changes: Any) -> Plan:
     """All of the above in one plan, with a forecast for 24,000 samples."""
     first = completed(1, {"forward_backward": 900 * MIB, "optimizer": 800 * MIB}, resident_bytes=700 * MIB)
@@ -232,7 +245,11 @@ def plan(**changes: Any) -> Plan:
             padded_tokens_per_sample=208.5,
         ),
         "alternatives": (),
-        "sizes": (),
+        "sizes": (
+            size_row(1, 900 * MIB, samples_per_second=4.0),
+            size_row(20, 5 * GIB, samples_per_second=480.0),
+            size_row(24, 21 * GIB, peak_measured=False, speed_measured=False),
+        ),
         "evidence": EvidenceSummary(
             kind="measured",
             dry_steps=3,

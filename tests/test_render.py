@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import re
+
 import facts
 import pytest
 
 from autotune.errands import ModelSummary, Preprocessed
-from autotune.plan import CardProcess
-from cli.render import others_line, print_plan
+from autotune.levers import Varied
+from autotune.plan import Alternative, CardProcess
+from cli.render import others_line, print_plan, print_varied
 
 GIB = 2**30
 OLLAMA = CardProcess(process_id=77, name="ollama", bytes=round(2.9 * GIB))
 XORG = CardProcess(process_id=78, name="Xorg", bytes=round(0.3 * GIB))
 NAMELESS = CardProcess(process_id=79, name="", bytes=None)
+
+
+MODEL = ModelSummary(
+    task="causal",
+    family="llama",
+    parameters=26_000_000,
+    trainable_parameters=26_000_000,
+    vocabulary_size=6400,
+    attention="sdpa",
+    random_weights=True,
+    longest_input=None,
+)
+PREPARED = Preprocessed(
+    model=MODEL, tokenizer_dir=None, tokenizer_fingerprint=None, ids=None, data=None, validation=None
+)
 
 
 @pytest.mark.parametrize(
@@ -32,19 +50,48 @@ def test_others_on_the_card_are_named_with_what_they_hold(others: tuple[CardProc
 def test_a_plan_names_the_others_on_the_card_where_there_are_any(
     others: tuple[CardProcess, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = ModelSummary(
-        task="causal",
-        family="llama",
-        parameters=26_000_000,
-        trainable_parameters=26_000_000,
-        vocabulary_size=6400,
-        attention="sdpa",
-        random_weights=True,
-        longest_input=None,
-    )
-    prepared = Preprocessed(
-        model=model, tokenizer_dir=None, tokenizer_fingerprint=None, ids=None, data=None, validation=None
-    )
     plan = facts.plan(workload=facts.workload(cpu_allocator="tight"), hardware=facts.hardware(others=others))
-    print_plan(plan, prepared, None, "chatlm train")
+    print_plan(plan, PREPARED, None, "chatlm train")
     assert ("taken by others" in capsys.readouterr().out) is bool(others)
+
+
+def test_plans_side_by_side_fit_80_columns_and_name_the_fastest(capsys: pytest.CaptureFixture[str]) -> None:
+    made = facts.plan()
+    slow = made.forecast.model_copy(
+        update={"seconds_per_epoch": 90_000.0, "total_seconds": 1_800_000.0, "total_steps": 46_875}
+    )  # type: ignore[union-attr]
+    rows = [
+        Varied("as asked", made, ""),
+        Varied("max-seq-len 1024", made.model_copy(update={"forecast": slow}), ""),
+        Varied("batch-size-per-gpu 64", None, "64 rows of 512 tokens would take 30.00 GiB by the trace"),
+    ]
+    print_varied(rows, "Levers", recommend=True)
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if "x 6 x 2 = 240" in line or "does not fit" in line or "1024" in line]
+    assert len(table) >= 3, lines
+    assert all(len(line.rstrip()) <= 80 for line in table)
+    assert any("64 rows of 512 tokens would take 30.00 GiB" in line for line in lines)
+    assert any("as asked, 3000.0 times as fast as max-seq-len 1024" in line for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["measured", "cached", "estimated"])
+def test_a_plan_says_what_it_rests_on_and_marks_what_was_not_measured(
+    kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = facts.plan()
+    other = Alternative(
+        change="--gradient-checkpointing on", largest_micro_batch_size=64, gradient_accumulation_steps=2,
+        peak_bytes=4 * GIB, seconds_per_step=None, measured=False,
+    )  # fmt: skip
+    evidence = made.evidence.model_copy(update={"kind": kind})
+    print_plan(made.model_copy(update={"alternatives": (other,), "evidence": evidence}), PREPARED, None, "train")
+    out = capsys.readouterr().out
+    assert "21.00 GiB ~" in out
+    assert "5.00 GiB ~" not in out
+    assert "24, the next that would save a micro-batch, would take" in re.sub(r"\s+", " ", out)
+    assert "not safe" in out
+    assert "64 rows" in out
+    assert {"measured": "Measured on this machine.", "cached": "--no-cache", "estimated": "by the trace alone"}[
+        kind
+    ] in out
+    assert "about 5,632 MiB of 20,480 MiB" in out, "half a gibibyte is others', 5 GiB will be ours"

@@ -121,10 +121,14 @@ def _expected_peak(state: TrainState, errand: Dry, meter: PeakMeter) -> int | No
     rows = min(errand.micro_batch_size, len(store))
     whole = max(rows, min(len(store), BEGINNING_SAMPLES) // rows * rows)
     cuts: Any = order(len(store), errand.excerpt.seed, 0)[:whole].reshape(-1, rows)
-    longest = [max(len(store.tokens(i)) for i in cut) for cut in cuts]
-    targets = [target_count(cut, store) for cut in cuts]
+    targets = np.array([[target_count([i], store) for i in cut] for cut in cuts])
+    lengths = np.array([[len(store.tokens(i)) for i in cut] for cut in cuts])
+    if errand.workload.task == "seq2seq":  # source and target are padded apart
+        padded = (lengths - targets).max(axis=1) + targets.max(axis=1)
+    else:
+        padded = lengths.max(axis=1)
     meter.reset()
-    for heaviest in {int(np.argmax(longest)), int(np.argmax(targets))}:
+    for heaviest in {int(padded.argmax()), int(targets.sum(axis=1).argmax())}:
         _run(state, errand, cuts[heaviest], rows, store)
     return meter.peak_bytes()
 
