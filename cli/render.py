@@ -77,6 +77,14 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
+def short_duration(seconds: float) -> str:
+    """Render a time in six characters: 42 s, 3.5 m, 2.2 h, 4.1 d."""
+    for unit, name, until in ((1, "s", 90), (60, "m", 5400), (3600, "h", 172_800)):
+        if seconds < until:
+            return f"{seconds:.0f} s" if unit == 1 else f"{seconds / unit:.1f} {name}"
+    return f"{seconds / 86_400:.1f} d"
+
+
 def trial_line(trial: Trial, device: Device) -> str:
     """Say in a line what a dry trial came to."""
     settings = [f"malloc {trial.cpu_allocator}"] * (device == "cpu")
@@ -316,9 +324,12 @@ def _alternatives_table(alternatives: Sequence[Alternative]) -> Table:
 
 def print_varied(rows: Sequence[Varied], title: str, *, recommend: bool) -> None:
     """Put plans side by side, one a row, and say which goes through the data in the least time."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1))
-    for name in ("", "batch", "peak GiB", "of budget", "host GiB", "steps", "an epoch", "in all"):
-        table.add_column(name, justify="left" if name == "" else "right", no_wrap=name in ("", "batch", "steps"))
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    table.add_column("", overflow="fold", max_width=18)
+    for name in ("batch", "GiB", "budget", "host", "steps", "epoch", "in all"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         mark = "" if _is_measured(row) else "~ "
         table.add_row(mark + escape(row.change), *(_varied_cells(row.plan) if row.plan else ["does not fit"]))
@@ -350,8 +361,8 @@ def _varied_cells(plan: Plan) -> list[str]:
         f"{peak / memory.budget_bytes:.0%}",
         f"{memory.host_peak_bytes / GIB:.2f}",
         f"{cast.total_steps:,}" if cast else "-",
-        duration(cast.seconds_per_epoch) if cast else "-",
-        duration(cast.total_seconds) if cast else "-",
+        short_duration(cast.seconds_per_epoch) if cast else "-",
+        short_duration(cast.total_seconds) if cast else "-",
     ]
 
 
