@@ -56,8 +56,8 @@ def next_size(
 ) -> int | None:
     """Return the size to try next, or None when the answer is known.
 
-    By the trace, start where it promises room to spare: at the size that would run, else at half of the budget. What it
-    missed is then the same at all sizes, so go for the prediction, which ends it where the trace is right. Without a
+    By the trace, start where it promises room to spare: at the size that would run, else half way to the budget. What
+    it missed is then the same at all sizes, so go for the prediction, which ends it where the trace is right. Without a
     trace start with the fewest rows, and aim once at half of what is left, since a single size tells little of the
     slope. Where memory is not what the model says, halve what is left of the bracket. A size that was only explored is
     tried once more where it turns out to be the answer.
@@ -92,7 +92,8 @@ def _first(model: MemoryModel, budget_bytes: int, sizes: Sequence[int]) -> int:
     fits = largest_predicted(model, budget_bytes, sizes) or sizes[0]
     if model.peak_bytes(fits) <= SURE * budget_bytes:
         return fits
-    return largest_predicted(model, budget_bytes // 2, sizes) or sizes[0]
+    half_way = (budget_bytes + model.peak_bytes(0)) // 2
+    return largest_predicted(model, half_way, sizes) or sizes[0]
 
 
 def _inside(

@@ -46,7 +46,7 @@ from trainer.model import load_config
 
 RESULTS = Path(__file__).parent / "results"
 VOCABULARY, SHARE, STEPS = 4096, 240, 30
-SIZES = (5, 14)
+SIZES = (4, 10)
 """Rows that the two limits of a case are made for."""
 GIB, MIB = 2**30, 2**20
 RECIPE = Recipe(

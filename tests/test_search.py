@@ -291,7 +291,9 @@ def test_with_a_trace_the_first_trial_is_what_would_run_if_that_leaves_room_for_
     assert next_size([], 700, useful_sizes(64), traces, 100) == 32, (
         "all 64 do not fit, so that they go 2 x 32: 420 of 700 bytes"
     )
-    assert next_size([], 430, useful_sizes(64), traces, 100) == 11, "2 x 32 would be 420 of 430 bytes: half of that"
+    assert next_size([], 430, useful_sizes(64), traces, 100) == 16, (
+        "2 x 32 would be 420 of 430 bytes: half of the way there"
+    )
     assert next_size([], 90, range(1, 64 + 1), traces, 100) == 1, "not even one is promised"
 
 
