@@ -21,6 +21,8 @@ LIBRARIES_BYTES = 64 * MIB
 """What the libraries take on a processor once steps run: kernels, threads' buffers; 46 to 87 MiB were seen."""
 CUDA_CONTEXT_BYTES = 500 * MIB
 """Of a process on a card before it has a tensor: 226 MiB (L4) to 501 MiB (A100) were published; a trial then tells."""
+RANKS_BYTES = 256 * MIB
+"""What several ranks take on each card: NCCL's buffers and a bucket of gradients. An assumption until it is measured."""
 ALLOCATOR_SHARE = 0.05
 """What CUDA's allocator keeps beyond what is live: 1.5 to 6.4 % were published, and 5 % are commonly charged."""
 AMPLE = 1.5
@@ -112,7 +114,9 @@ def check_host(hardware: Hardware, workload: Workload, trial: Trial) -> None:
 
 def process_bytes(report: TraceReport, hardware: Hardware) -> int:
     """Return what is held besides tensors, as far as is known before anything was tried."""
-    return report.process_bytes + LIBRARIES_BYTES if hardware.device == "cpu" else CUDA_CONTEXT_BYTES
+    if hardware.device == "cpu":
+        return report.process_bytes + LIBRARIES_BYTES
+    return CUDA_CONTEXT_BYTES + (RANKS_BYTES if hardware.world_size > 1 else 0)
 
 
 def state_bytes(workload: Workload) -> int:
@@ -151,7 +155,7 @@ def estimated_account(budget: Budget, hardware: Hardware, report: TraceReport, r
         phases={name: round(size) for name, size in traced_bytes(report.traced, rows).items()},
         items=items,
         host_budget_bytes=host_budget(hardware),
-        host_peak_bytes=report.process_bytes,
+        host_peak_bytes=peak_bytes if hardware.device == "cpu" else report.process_bytes,
     )
 
 

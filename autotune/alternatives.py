@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from autotune.account import ALLOCATOR_SHARE, process_bytes
+from autotune.account import ALLOCATOR_SHARE, DRIFT, process_bytes
 from autotune.batching import balanced_cuts
 from autotune.errands import TraceReport
 from autotune.evidence import MemoryModel, fit
@@ -13,7 +13,10 @@ from autotune.plan import Alternative, Hardware, SizeRow, Workload
 from autotune.search import largest_predicted, sizes_to_trace
 
 GIB = 2**30
+KEPT = {"cuda": ALLOCATOR_SHARE, "cpu": DRIFT["cpu"]}
+"""By which a process holds more than its tensors and what it began with."""
 SHORTEST_SEQUENCE = 64
+CHECKPOINTING = "--gradient-checkpointing on"
 
 
 def milder(workload: Workload, hardware: Hardware) -> list[tuple[str, Workload]]:
@@ -21,13 +24,13 @@ def milder(workload: Workload, hardware: Hardware) -> list[tuple[str, Workload]]
     changes = []
     if workload.gradient_checkpointing == "off":
         workload = checkpointed(workload)
-        changes.append(("--gradient-checkpointing on", workload))
+        changes.append((CHECKPOINTING, workload))
     if workload.precision == "fp32" and hardware.fast_bf16:
-        changes.append(("--gradient-checkpointing on --precision bf16", _with(workload, precision="bf16")))
+        changes.append((f"{CHECKPOINTING} --precision bf16", _with(workload, precision="bf16")))
     length = max(workload.max_seq_len, workload.max_target_len)
     while (length := length // 2) >= SHORTEST_SEQUENCE:
         source, target = min(workload.max_seq_len, length), min(workload.max_target_len, length)
-        options = f"--gradient-checkpointing on --max-seq-len {source}"
+        options = f"{CHECKPOINTING} --max-seq-len {source}"
         if workload.task == "seq2seq":
             options += f" --max-target-len {target}"
         changes.append((options, _with(workload, max_seq_len=source, max_target_len=target)))
@@ -45,14 +48,12 @@ def _with(workload: Workload, **changes: object) -> Workload:
 
 def estimated_peak(model: MemoryModel, rows: int, hardware: Hardware) -> int:
     """Return the bytes that a step of so many rows would hold, by the trace alone."""
-    kept = ALLOCATOR_SHARE if hardware.device == "cuda" else 0.0
-    return round(model.peak_bytes(rows) * (1 + kept))
+    return round(model.peak_bytes(rows) * (1 + KEPT[hardware.device]))
 
 
 def estimated_largest(model: MemoryModel, budget_bytes: int, sizes: Sequence[int], hardware: Hardware) -> int:
     """Return the largest of these sizes that would fit by the trace alone, 0 if none does."""
-    kept = ALLOCATOR_SHARE if hardware.device == "cuda" else 0.0
-    return largest_predicted(model, round(budget_bytes / (1 + kept)), sizes)
+    return largest_predicted(model, round(budget_bytes / (1 + KEPT[hardware.device])), sizes)
 
 
 def by_trace(

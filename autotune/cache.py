@@ -17,6 +17,8 @@ from autotune.evidence import Evidence
 from autotune.plan import Hardware, Request, Workload
 
 LIBRARIES = ("chatlm", "torch", "transformers", "numpy")
+DECIDING = ("OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "CUDA_VISIBLE_DEVICES")
+"""What a worker takes over from our environment."""
 OF_THE_MOMENT = {"memory_limit_bytes", "headroom", "offline"}
 """What a request says of budgets decides which trials are needed, not what they hold."""
 
@@ -51,8 +53,18 @@ def _file(folder: Path, workload: Workload, hardware: Hardware, request: Request
                 include={"device", "device_name", "device_memory_total_bytes", "world_size", "cores"}
             ),
             request.model_dump_json(exclude=OF_THE_MOMENT),
+            _configuration(workload.model),
+            *(os.environ.get(name, "") for name in DECIDING),
             platform.python_version(),
             *(version(library) for library in LIBRARIES),
         )
     )
     return folder / "plans" / f"{sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def _configuration(model: str) -> str:
+    """Return what a folder says of its model: that may change, and the folder's name stay. Empty for a preset."""
+    try:
+        return (Path(model) / "config.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""

@@ -23,6 +23,8 @@ TABLE = Path(__file__).with_name("cards.toml")
 USABLE_SHARE = 0.979
 """Of a card's memory, what a program finds free on one that does nothing else: 19.58 of 20 GiB on an RTX 3080."""
 BF16_CAPABILITY = (8, 0)
+OPERATOR_SECONDS = 8e-6
+"""That eager mode takes to start an operator, the host's part of autograd included: 5 to 10 us are seen."""
 NVIDIA_VENDOR, DISPLAY_CLASS = "0x10de", "0x03"
 """As /sys/bus/pci has them; the class is the beginning of one."""
 
@@ -85,7 +87,9 @@ def find_rates(name: str, precision: Precision) -> Rates | None:
     if len(named) != 1:
         return None
     flops, moved = cards[named[0]][f"{precision}_tflops"], cards[named[0]]["bandwidth_gbps"]
-    return Rates(flops=1e12 * flops, bytes=1e9 * moved) if flops else None
+    if not flops:
+        return None
+    return Rates(flops=1e12 * flops, bytes=1e9 * moved, operator_seconds=OPERATOR_SECONDS, overlaps=True)
 
 
 def _read_table() -> dict[str, dict[str, Any]]:

@@ -42,10 +42,12 @@ def estimate(
     validation: DataSummary | None,
     rates: Rates | None,
     trace: TraceSizes,
+    *,
+    advising: bool = True,
 ) -> Plan:
-    """Plan for hardware that need not be here; raises NothingFitsError with the changes that would fit.
+    """Plan for hardware that need not be here; without `rates` it says nothing of time.
 
-    Without `rates` it says nothing of time.
+    Raises NothingFitsError, when `advising` with the changes that would fit.
     """
     budget = set_budget(hardware, request.memory_limit_bytes, request.headroom)
     samples = min(request.effective_batch_size, data.samples) if data else request.effective_batch_size
@@ -62,12 +64,12 @@ def estimate(
             f"the model {workload.model} cannot be traced, so nothing is known of a card that is not here",
             "plan on a machine that has the card",
         )
-    fits_at_once = ways[0].peak_bytes <= budget.budget_bytes and ways[0].batching.gradient_accumulation_steps == 1
+    fits_at_once = ways[0].fits and ways[0].batching.gradient_accumulation_steps == 1
     if request.checkpointing == "auto" and not fits_at_once:
         ways += look_at(checkpointed(workload))
-    fits = [way for way in ways if way.peak_bytes <= budget.budget_bytes]
+    fits = [way for way in ways if way.fits]
     if not fits:
-        _refuse(ways[0], hardware, budget, sizes, trace)
+        _refuse(ways[0], hardware, budget, sizes, trace if advising else None)
     best = min(fits, key=lambda way: way.speed.seconds_per_step if way.speed else 0.0)
     return Plan(
         schema_name=SCHEMA,
@@ -106,6 +108,7 @@ class _Way:
     model: MemoryModel
     batching: Batching
     peak_bytes: int
+    fits: bool
     speed: Speed | None
 
     @classmethod
@@ -131,13 +134,14 @@ class _Way:
             limited_by = "effective_batch" if samples == request.effective_batch_size else "data"
         batching = reach(samples, hardware.world_size, rows, max(rows, largest), limited_by)
         speed = roofline_speed(report.traced, rates, workload, batching) if rates else None
-        return cls(workload, report, model, batching, estimated_peak(model, rows, hardware), speed)
+        peak = estimated_peak(model, rows, hardware)
+        return cls(workload, report, model, batching, peak, peak <= budget.budget_bytes, speed)
 
     @property
     def alternative(self) -> Alternative:
         return Alternative(
             change=f"--gradient-checkpointing {self.workload.gradient_checkpointing}",
-            largest_micro_batch_size=self.batching.micro_batch_size,
+            largest_micro_batch_size=self.batching.micro_batch_size if self.fits else 0,
             gradient_accumulation_steps=self.batching.gradient_accumulation_steps,
             peak_bytes=self.peak_bytes,
             seconds_per_step=self.speed.seconds_per_step if self.speed else None,
@@ -150,13 +154,13 @@ def _seconds_per_sample(way: _Way, rates: Rates | None, rows: int) -> tuple[floa
         return None
     ranks = way.batching.world_size
     speed = roofline_speed(way.report.traced, rates, way.workload, reach(rows * ranks, ranks, rows, rows, "user"))
-    return (speed.seconds_per_step - speed.update_seconds) / rows, False
+    return speed.seconds_per_step / (rows * ranks), False
 
 
-def _refuse(way: _Way, hardware: Hardware, budget: Budget, sizes: Sequence[int], trace: TraceSizes) -> NoReturn:
+def _refuse(way: _Way, hardware: Hardware, budget: Budget, sizes: Sequence[int], trace: TraceSizes | None) -> NoReturn:
     rows, workload = way.batching.micro_batch_size, way.workload
     raise NothingFitsError(
         f"{rows} rows of {workload.tokens_per_row} tokens would take {way.peak_bytes / GIB:.2f} GiB by the trace; "
         f"{budget}",
-        advise(what_would_fit(trace, workload, hardware, budget.budget_bytes, sizes)),
+        advise(what_would_fit(trace, workload, hardware, budget.budget_bytes, sizes)) if trace else "",
     )

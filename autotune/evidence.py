@@ -30,7 +30,6 @@ class Evidence(Fact):
 
     hardware: Hardware
     request: Request
-    budget_bytes: int
     explored: tuple[Explored, ...]
 
 

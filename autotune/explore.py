@@ -66,10 +66,9 @@ class Exploration:
         )
 
     def remember(self, known: Explored) -> None:
-        """Take what was learned at another time as learned."""
-        self.workload = known.workload
+        """Take what was learned at another time as learned; what failed then may have had less memory, or less time."""
         self.report = TraceReport(process_bytes=known.process_bytes, traced=known.traced)
-        self.tried = list(known.trials)
+        self.tried = [trial for trial in known.trials if trial.completed]
         self.remembered = len(self.tried)
 
     @property

@@ -14,10 +14,8 @@ from autotune.evidence import traced_work
 from autotune.plan import Batching, Forecast, Rates, Speed, Timed, Traced, Trial, Work, Workload
 
 PADDING_MULTIPLE = 8
-FORWARD_SHARE = 1 / 3
-"""Of forward and backward together: a backward takes about twice a forward."""
-LAUNCH_SECONDS = 8e-6
-"""That an operator takes in eager mode however little it does, the host's part of autograd included."""
+REPEATS = 3
+"""One timing decides nothing."""
 RANKS_BYTES_PER_SECOND = 10e9
 """Between cards without NVLink, over PCI Express 4.0 x16, as all-reduces come to in practice."""
 Histogram = Sequence[tuple[int, int]]
@@ -46,8 +44,8 @@ def rounded(histogram: Histogram, multiple: int, limit: int) -> Histogram:
 
 
 def faster_size(timed: Sequence[Timed], factor: float) -> int | None:
-    """Return the size that took the least time, if in each repeat it beat the first by this factor."""
-    if not timed:
+    """Return the size that took the least time, if in each of three repeats it beat the first by this factor."""
+    if not timed or len(timed[0].seconds) < REPEATS:
         return None
     own, *others = timed
     beat = [t for t in others if all(factor * a < b for a, b in zip(t.seconds, own.seconds, strict=True))]
@@ -64,49 +62,64 @@ def measure_speed(trial: Trial, workload: Workload, batching: Batching) -> Speed
     if not timings:
         return None
     alpha, beta = _line([(t.padded_tokens, t.seconds) for t in timings])
-    update = median(t.update_seconds for t in timings)
-    share = largest_share(batching.effective_batch_size, batching.world_size)
-    cuts = balanced_cuts(share, batching.micro_batch_size)
-    seconds = len(cuts) * alpha + beta * workload.tokens_per_row * share + update
-    return Speed(
-        tokens_per_second=batching.effective_batch_size * workload.tokens_per_row / seconds,
-        samples_per_second=batching.effective_batch_size / seconds,
-        seconds_per_step=seconds,
-        alpha_seconds=alpha,
-        beta_seconds_per_token=beta,
-        update_seconds=update,
-        evaluation_seconds_per_token=(trial.evaluation_seconds or 0.0)
-        / (trial.micro_batch_size * workload.tokens_per_row),
+    rows = trial.micro_batch_size * workload.tokens_per_row
+    return _speed_of(
+        workload,
+        batching,
+        alpha=alpha,
+        beta=beta,
+        least=0.0,
+        update=median(t.update_seconds for t in timings),
+        evaluation=(trial.evaluation_seconds or 0.0) / rows,
     )
 
 
 def roofline_speed(traced: Sequence[Traced], rates: Rates, workload: Workload, batching: Batching) -> Speed:
     """Say how fast a device would be that does nothing but the traced work, at its dense rates, without overlap.
 
-    seconds = flops / rate + bytes moved / bandwidth, and no less than it takes to start the operators (the roofline of
-    Williams et al. 2009, its two sides added up, since in eager mode an operator waits for the one before).
+    seconds = flops / rate + bytes moved / bandwidth: the roofline of Williams et al. 2009, both sides added up, since in
+    eager mode an operator waits for the one before. It takes no less than to start the operators, where those are
+    started while others work, and that on top of it where they are not.
     """
     rows, ranks = batching.micro_batch_size, batching.world_size
     tokens = rows * workload.tokens_per_row
-    whole, one = (_roofline(traced_work(traced, r), rates) for r in (rows, 1))
+    work = traced_work(traced, rows)
+    whole, one = _roofline(work, rates), _roofline(traced_work(traced, 1), rates)
     beta = (whole - one) / (tokens - workload.tokens_per_row) if rows > 1 else whole / tokens
-    alpha = max(0.0, whole - beta * tokens)
-    launches = LAUNCH_SECONDS * traced_work(traced, rows).operators
-    if launches > whole:  # then shorter rows take no less
-        alpha, beta = launches, 0.0
+    starting = rates.operator_seconds * work.operators
+    alpha = max(0.0, whole - beta * tokens) + (0.0 if rates.overlaps else starting)
     update = _roofline(traced[0].update, rates)
     if ranks > 1:  # a ring moves each gradient twice, but for a rank's own share
         update += 2 * (ranks - 1) / ranks * 4 * workload.trainable_parameters / RANKS_BYTES_PER_SECOND
-    share = largest_share(batching.effective_batch_size, ranks)
-    seconds = batching.gradient_accumulation_steps * alpha + beta * workload.tokens_per_row * share + update
+    forwards = 4 if workload.gradient_checkpointing == "on" else 3  # a backward takes two
+    evaluating = max(whole, starting) / forwards if rates.overlaps else (whole + starting) / forwards
+    return _speed_of(
+        workload,
+        batching,
+        alpha=alpha,
+        beta=beta,
+        least=starting if rates.overlaps else 0.0,
+        update=update,
+        evaluation=evaluating / tokens,
+    )
+
+
+def _speed_of(
+    workload: Workload, batching: Batching, *, alpha: float, beta: float, least: float, update: float, evaluation: float
+) -> Speed:
+    """Add up a step of full length: its micro-batches, none below the least, and the optimizer."""
+    share = largest_share(batching.effective_batch_size, batching.world_size)
+    cuts = balanced_cuts(share, batching.micro_batch_size)
+    seconds = sum(max(least, alpha + beta * workload.tokens_per_row * rows) for rows in cuts) + update
     return Speed(
         tokens_per_second=batching.effective_batch_size * workload.tokens_per_row / seconds,
         samples_per_second=batching.effective_batch_size / seconds,
         seconds_per_step=seconds,
         alpha_seconds=alpha,
         beta_seconds_per_token=beta,
+        least_seconds=least,
         update_seconds=update,
-        evaluation_seconds_per_token=FORWARD_SHARE * max(whole, launches) / tokens,
+        evaluation_seconds_per_token=evaluation,
     )
 
 
@@ -177,7 +190,10 @@ def forecast(
     cuts = balanced_cuts(share, batching.micro_batch_size)
     padded = sum(size * _padded_tokens(lengths, size) for size in cuts)
     if timed is None:
-        micro_batches = len(cuts) * speed.alpha_seconds + padded * speed.beta_seconds_per_token
+        beta, alpha = speed.beta_seconds_per_token, speed.alpha_seconds
+        micro_batches = sum(
+            max(speed.least_seconds, alpha + beta * size * _padded_tokens(lengths, size)) for size in cuts
+        )
     else:
         micro_batches = padded * median(
             s / tokens for s, tokens in zip(timed.seconds, timed.padded_tokens, strict=True)

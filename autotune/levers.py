@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from autotune.errands import DataSummary, Recipe, TraceReport
 from autotune.errors import NothingFitsError
 from autotune.estimate import estimate
+from autotune.evidence import traced_work
 from autotune.explore import TraceSizes
-from autotune.forecast import roofline_speed
+from autotune.forecast import Histogram
 from autotune.plan import Hardware, Plan, Rates, Request, Traced, Workload
 
 FLOPS_PER_BYTE = 10.0
@@ -52,7 +54,7 @@ def _estimated(
 ) -> Varied:
     workload, hardware, request, recipe, data = scene
     try:
-        plan = estimate(workload, hardware, request, recipe, data, validation, rates, trace)
+        plan = estimate(workload, hardware, request, recipe, data, validation, rates, trace, advising=False)
     except NothingFitsError as error:
         return Varied(change, None, error.message)
     return Varied(change, plan, "")
@@ -78,28 +80,49 @@ def _traced_once(trace: TraceSizes, workloads: Sequence[Workload]) -> TraceSizes
 
 
 def measured_rates(plan: Plan, traced: Sequence[Traced]) -> Rates | None:
-    """Return the rates at which the traced work takes as long as was measured; None where nothing was."""
+    """Return the rates at which the plan's traced work takes as long as was measured; None where nothing was."""
     if plan.speed is None or not traced:
         return None
-    unit = Rates(flops=FLOPS_PER_BYTE, bytes=1.0)
-    at_unit = roofline_speed(traced, unit, plan.workload, plan.batching)
-    micro_batches = plan.speed.seconds_per_step - plan.speed.update_seconds
-    faster = (at_unit.seconds_per_step - at_unit.update_seconds) / micro_batches
-    return Rates(flops=faster * FLOPS_PER_BYTE, bytes=faster)
+    rows, speed = plan.batching.micro_batch_size, plan.speed
+    work = traced_work(traced, rows)
+    at_unit = work.flops / FLOPS_PER_BYTE + work.moved_bytes
+    working = speed.beta_seconds_per_token * rows * plan.workload.tokens_per_row
+    if working <= 0:
+        return None
+    return Rates(
+        flops=FLOPS_PER_BYTE * at_unit / working,
+        bytes=at_unit / working,
+        operator_seconds=speed.alpha_seconds / max(1, work.operators),
+        overlaps=False,
+    )
 
 
 def with_rows(data: DataSummary, rows: int) -> DataSummary:
-    """Return data of the same mix of lengths with so many rows."""
-    times = rows / data.rows
-    lengths = tuple(tuple((length, round(times * count)) for length, count in side) for side in data.lengths)
-    return data.model_copy(update={"rows": rows, "samples": max(1, round(times * data.samples)), "lengths": lengths})
+    """Return data of the same mix of lengths with so many rows: of histograms, only shares are used."""
+    return data.model_copy(update={"rows": rows, "samples": max(1, round(rows * data.samples / data.rows))})
 
 
-def with_length(data: DataSummary, longest: int, target: int) -> DataSummary:
-    """Return the data with its samples cut at these limits, those of the source and of the target."""
-    sides = []
-    for side, limit in zip(data.lengths, (longest, target), strict=False):
-        short = [(length, count) for length, count in side if length < limit]
-        cut = sum(count for length, count in side if length >= limit)
-        sides.append((*short, (limit, cut)) if cut else tuple(short))
-    return data.model_copy(update={"lengths": tuple(sides)})
+def with_length(data: DataSummary, source: int, target: int) -> DataSummary:
+    """Return the data with its samples cut at these limits; documents are split, and become more samples."""
+    sides = tuple(
+        _split(side, limit) if data.stage == "pretrain" else _cut(side, limit)
+        for side, limit in zip(data.lengths, (source, target), strict=False)
+    )
+    samples = sum(count for _, count in sides[0]) if data.stage == "pretrain" else data.samples
+    return data.model_copy(update={"lengths": sides, "samples": samples})
+
+
+def _cut(side: Histogram, limit: int) -> tuple[tuple[int, int], ...]:
+    cut: Counter[int] = Counter()
+    for length, count in side:
+        cut[min(length, limit)] += count
+    return tuple(sorted(cut.items()))
+
+
+def _split(side: Histogram, limit: int) -> tuple[tuple[int, int], ...]:
+    pieces: Counter[int] = Counter()
+    for length, count in side:
+        whole, rest = divmod(length, limit)
+        pieces[limit] += whole * count
+        pieces[rest] += count
+    return tuple(sorted((length, count) for length, count in pieces.items() if length and count))

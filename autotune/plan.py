@@ -156,6 +156,8 @@ class Speed(Fact):
     seconds_per_step: float
     alpha_seconds: float
     beta_seconds_per_token: float
+    least_seconds: float
+    """Of a micro-batch, however short its rows."""
     update_seconds: float
     """Of the optimizer, once a step."""
     evaluation_seconds_per_token: float
@@ -255,6 +257,10 @@ class Rates(Fact):
     """Of dense matrix products at the workload's precision."""
     bytes: float
     """Moved to and from its memory."""
+    operator_seconds: float
+    """That an operator takes to be started."""
+    overlaps: bool
+    """Whether operators are started while others work, as on a card."""
 
 
 class Traced(Fact):
@@ -276,7 +282,7 @@ class Alternative(Fact):
     """Another way to take the same step, and what it would come to."""
 
     change: str
-    """The options that make it; "" for what the plan does."""
+    """The options that make it."""
     largest_micro_batch_size: int
     """0 where not even one row would fit."""
     gradient_accumulation_steps: int

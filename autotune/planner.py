@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from typing import Literal, NoReturn
 
 from autotune.account import DRIFT, GIB, check_host, measured_account, set_budget, state_bytes
-from autotune.alternatives import advise, checkpointed, size_rows, what_would_fit
+from autotune.alternatives import CHECKPOINTING, advise, checkpointed, size_rows, what_would_fit
 from autotune.batching import largest_share, reach, useful_sizes
 from autotune.errands import DataSummary, Recipe
 from autotune.errors import NothingFitsError
@@ -29,7 +29,7 @@ from autotune.plan import (
     Trial,
     Workload,
 )
-from autotune.search import is_safe, is_within
+from autotune.search import EXPLORED, is_safe, is_within
 
 FASTER = 1.05
 """A smaller micro-batch is taken when it was faster by this factor in each of its repeats."""
@@ -70,7 +70,6 @@ class Planner:
         return Evidence(
             hardware=self._hardware,
             request=self._request,
-            budget_bytes=self.budget.budget_bytes,
             explored=tuple(exploration.explored for exploration in self._explorations),
         )
 
@@ -89,7 +88,8 @@ class Planner:
             return chosen, fixed, "user"
         yield from plain.search()
         chosen = plain
-        if self._request.checkpointing == "auto" and plain.largest < plain.sizes[-1]:
+        too_slow = plain.largest == 0 and any(t.outcome == "timed_out" for t in plain.trials)
+        if self._request.checkpointing == "auto" and plain.largest < plain.sizes[-1] and not too_slow:
             chosen = yield from self._weigh_checkpointing(plain)
         if chosen.largest == 0:
             self._explain_nothing_fits(chosen)
@@ -104,12 +104,11 @@ class Planner:
         """Take the chosen size once more, shortly: what was remembered is of another day."""
         trial = exploration.check(rows)
         yield trial
-        return is_within(trial, self.budget.budget_bytes)
+        return is_within(trial, round(EXPLORED * exploration.budget_bytes))
 
     def _forget(self) -> None:
-        workload = self._asked
         self._known, self._alternatives = None, []
-        self._explorations = [self._explore(workload)]
+        self._explorations = [self._explore(self._asked)]
 
     def _explore(self, workload: Workload) -> Exploration:
         data, request = self._data, self._request
@@ -204,27 +203,40 @@ class Planner:
                     return faster, "speed"
         return rows, limited_by
 
+    @property
+    def _budget_words(self) -> str:
+        drift = DRIFT[self._hardware.device]
+        return str(self.budget) + (f" and {drift:.0%} for what many steps hold beyond a few" if drift else "")
+
     def _check_fixed(self, trial: Trial) -> None:
         if is_safe(trial, self._explorations[0].budget_bytes):
             return
         needs = f"needs {trial.peak_bytes / GIB:.2f} GiB" if trial.peak_bytes else f"did not fit ({trial.message})"
         tokens = self._explorations[0].workload.tokens_per_row
         raise NothingFitsError(
-            f"a batch of {trial.micro_batch_size} rows of {tokens} tokens {needs}; {self.budget}",
+            f"a batch of {trial.micro_batch_size} rows of {tokens} tokens {needs}; {self._budget_words}",
             "leave --batch-size-per-gpu out and give --auto: the effective batch stays the same",
         )
 
     def _explain_nothing_fits(self, exploration: Exploration) -> NoReturn:
         """Raise NothingFitsError with what one row needs, and the changes that would fit by their trace."""
-        first, workload = exploration.tried[-1], exploration.workload
+        first, workload = min(exploration.trials, key=lambda t: t.micro_batch_size), exploration.workload
         row = f"one row of {workload.tokens_per_row} tokens"
         if first.outcome == "timed_out":
             raise NothingFitsError(f"{row} is too slow for this machine: {first.message}", "take a smaller model")
         needs = f"{row} needs {first.peak_bytes / GIB:.2f} GiB" if first.peak_bytes else f"{row} does not fit"
         raise NothingFitsError(
-            f"{needs}; {self.budget}, and the weights, gradients and optimizer state alone take "
+            f"{needs}; {self._budget_words}, and the weights, gradients and optimizer state alone take "
             f"{state_bytes(workload) / GIB:.2f} GiB",
-            advise(what_would_fit(self._trace, workload, self._hardware, exploration.budget_bytes, exploration.sizes)),
+            advise(
+                [
+                    other
+                    for other in what_would_fit(
+                        self._trace, workload, self._hardware, exploration.budget_bytes, exploration.sizes
+                    )
+                    if len(self._explorations) == 1 or other.change != CHECKPOINTING  # which was tried, and did not fit
+                ]
+            ),
         )
 
     def _reach(self, rows: int, largest: int, limited_by: LimitedBy) -> Batching:

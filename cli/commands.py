@@ -7,7 +7,7 @@ import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,8 +18,9 @@ from autotune import cache
 from autotune.account import check_room, set_budget
 from autotune.cards import find_rates
 from autotune.errands import Preprocessed, Train
-from autotune.errors import NothingFitsError, UserError
+from autotune.errors import ConfigurationError, NothingFitsError, UserError
 from autotune.estimate import estimate
+from autotune.evidence import alike
 from autotune.hardware import imagine_hardware, read_hardware
 from autotune.levers import Varied, measured_rates, vary
 from autotune.measure import trace_sizes
@@ -96,6 +97,10 @@ def plan_command(
     if show_config:
         print_config(resolved)
         return
+    if gpu is None and gpus > 1:
+        raise ConfigurationError("--gpus and --nodes count cards that are named", "give --gpu CARD too")
+    if compare and varied:
+        raise ConfigurationError("--compare and --vary are two tables", "give one of them")
     imagined = imagine_hardware(gpu, gpus, Path(resolved.settings.output_dir or ".")) if gpu else None
     if compare or varied:
         levers = [parse_lever(text) for text in varied]
@@ -138,24 +143,24 @@ def _what_if(
 ) -> list[Varied]:
     """Plan as asked, and estimate the other scenes: by the card's rates, or those that the plan measured here."""
     resolved = resolve(given, config, profile)
+    settings = resolved.settings
+    hardware = imagined or _read_hardware(settings)
+    facts = _preprocess(longest_asked(settings, levers), hardware, demo=False)
+    stage = Stage(given, profile, config, hardware, facts, gpu)
+    scenes = stage.levers(levers) if levers else stage.profiles()
     measured, plan = None, None
     if imagined is None:
         _, planner = _decide(resolved, remembering, search=True, demo=False)
         plan = planner.plan
         assert plan is not None
-        measured = measured_rates(plan, planner.evidence.explored[0].traced)
-    hardware = plan.hardware if plan else imagined
-    assert hardware is not None
-    settings = resolved.settings
-    longest = longest_asked(settings.max_seq_len, levers, "max_seq_len")
-    target = longest_asked(settings.max_target_len or settings.max_seq_len, levers, "max_target_len")
-    facts = _preprocess(replace(settings, max_seq_len=longest, max_target_len=target), hardware, demo=False)
-    stage = Stage(given, profile, config, hardware, facts, gpu)
-    scenes = stage.levers(levers) if levers else stage.profiles()
+        traced = [e.traced for e in planner.evidence.explored if alike(e.workload, plan.workload)]
+        measured = measured_rates(plan, traced[0] if traced else ())
     say("tracing what is compared")
 
     def rates_of(workload: Workload) -> Rates | None:
-        return measured or find_rates(hardware.device_name, workload.precision)
+        if plan is not None and workload.precision == plan.workload.precision and measured:
+            return measured
+        return find_rates(hardware.device_name, workload.precision) if hardware.device == "cuda" else None
 
     rows = vary(scenes, facts.validation, rates_of, trace_sizes)
     as_asked = "as asked" if levers else "auto"
@@ -234,9 +239,12 @@ def _decide(resolved: Resolved, remembering: Remembering, *, search: bool, demo:
         say("tracing the step, to know what will fit")
     for trial in planner.make():
         say(trial_line(trial, hardware.device))
-    if remembering.cache:
-        cache.keep(*key, planner.evidence)
-    if search and not any(explored.traced for explored in planner.evidence.explored):
+    cache.keep(*key, planner.evidence)
+    if (
+        search
+        and request.micro_batch_size is None
+        and not any(explored.traced for explored in planner.evidence.explored)
+    ):
         warn("this model cannot be traced: it was planned by dry steps alone")
     return facts, planner
 
@@ -330,9 +338,10 @@ def _signals_to(worker: Worker) -> Iterator[list[int]]:
 
 
 def _no_longer_fits(plan: Plan, progress: RunProgress, message: str) -> UserError:
+    peak = plan.memory.measured_peak_bytes or plan.memory.predicted_peak_bytes
     return NothingFitsError(
-        f"memory ran out after step {progress.steps} ({message}); the plan measured a peak of "
-        f"{gib(plan.memory.measured_peak_bytes)} of {gib(plan.memory.limit_bytes)} free then",
+        f"memory ran out after step {progress.steps} ({message}); the plan says a peak of "
+        f"{gib(peak)} of {gib(plan.memory.limit_bytes)} free then",
         "another program has taken memory since: close it, or plan again with --auto",
     )
 

@@ -229,7 +229,7 @@ def why_not_larger(plan: Plan) -> str:
     if batching.limited_by == "data":
         return f"there are no more than {rows} samples a rank"
     if batching.limited_by == "user":
-        return "this size was given, and measured; --auto would search"
+        return "this size was given" + ", and measured; --auto would search" * bool(plan.evidence.trials)
     if batching.limited_by == "speed":
         return f"{safe} rows are safe, but {rows} were measured to be faster; --prefer largest takes {safe}"
     if not plan.evidence.trials:
@@ -245,10 +245,11 @@ def _next_size_up(plan: Plan) -> str:
     safe, budget = plan.batching.largest_safe_micro_batch_size, plan.memory.budget_bytes
     above = min((row for row in plan.sizes if row.micro_batch_size > safe), key=attrgetter("micro_batch_size"))
     rows = f"{above.micro_batch_size}, the next that would save a micro-batch,"
-    failed = [t for t in _in_force(plan) if t.micro_batch_size == above.micro_batch_size and not t.completed]
+    failed = [t for t in _in_force(plan) if t.micro_batch_size > safe and not t.completed]
     if failed:
-        how = "took too long" if failed[0].outcome == "timed_out" else "did not fit"
-        return f"{rows} {how} ({failed[0].message})"
+        first = min(failed, key=attrgetter("micro_batch_size"))
+        how = "took too long" if first.outcome == "timed_out" else "did not fit"
+        return f"{first.micro_batch_size} {how} ({first.message})"
     if above.peak_measured:
         return f"{rows} were measured at {gib(above.peak_bytes)}"
     if above.peak_bytes > budget:
@@ -287,7 +288,7 @@ def _sizes_table(plan: Plan) -> Table:
         speed = f"{row.samples_per_second:,.1f}" if row.samples_per_second else "-"
         chosen = "<- chosen" if row.micro_batch_size == plan.batching.micro_batch_size else ""
         if row.micro_batch_size > plan.batching.largest_safe_micro_batch_size:
-            chosen = "not safe"
+            chosen = "over" if row.peak_bytes > plan.memory.budget_bytes else "not tried"
         table.add_row(
             str(row.micro_batch_size),
             gib(row.peak_bytes) + predicted(measured=row.peak_measured),
@@ -309,6 +310,7 @@ def _alternatives_table(alternatives: Sequence[Alternative]) -> Table:
     table = Table(title="What it was weighed against", title_justify="left", title_style="bold")
     for name in ("", "largest", "accumulation", "peak", "a step takes"):
         table.add_column(name, justify="left" if name == "" else "right", no_wrap=name == "")
+    timed = any(other.seconds_per_step for other in alternatives)
     for other in alternatives:
         mark = predicted(measured=other.measured)
         seconds = other.seconds_per_step
@@ -317,7 +319,7 @@ def _alternatives_table(alternatives: Sequence[Alternative]) -> Table:
             count(other.largest_micro_batch_size, "row"),
             str(other.gradient_accumulation_steps),
             gib(other.peak_bytes) + mark,
-            "cannot be shorter" if seconds is None else f"{seconds:.2f} s{mark}",
+            f"{seconds:.2f} s{mark}" if seconds else "no less" if timed else "-",
         )
     return table
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from autotune.hardware import imagine_hardware
 from autotune.levers import Scene, with_length, with_rows
 from autotune.plan import Hardware
 from cli.wiring import make_recipe, make_request, make_workload
-from profiles import FIELDS, Resolved, did_you_mean, resolve
+from profiles import FIELDS, Resolved, Settings, did_you_mean, resolve
 
 COMPARED = ("small", "fast", "standard")
 """The profiles that people know from the tables of ChatLM-mini-Chinese."""
+LENGTHS = ("max_seq_len", "max_target_len")
 LEVERS = (
     "rows",
     "gpus",
@@ -71,8 +73,16 @@ class Stage:
     def profiles(self) -> dict[str, Scene]:
         """Set a scene for each profile with its own batch, and one that searches."""
         names = dict.fromkeys([*COMPARED, *([self._profile] if self._profile else [])])
-        scenes = {name: self._scene(resolve(self._given, self._config, name), search=False) for name in names}
-        return scenes | {"auto": self._scene(self._resolved({}), search=True)}
+        as_asked = self._scene(self._resolved({}), search=True)
+        scenes = {}
+        for (
+            name
+        ) in names:  # of a profile its batch and its epochs: model, data and lengths are those that were asked for
+            theirs = resolve(self._given, self._config, name)
+            request = make_request(theirs, self._hardware.world_size, search=False)
+            recipe = make_recipe(theirs.settings, as_asked.workload.stage)
+            scenes[name] = as_asked._replace(request=request, recipe=recipe)
+        return scenes | {"auto": as_asked}
 
     def _resolved(self, changes: Mapping[str, Any]) -> Resolved:
         return resolve({**self._given, **changes}, self._config, self._profile)
@@ -119,7 +129,9 @@ def _whole(name: str, value: str) -> int:
     return number
 
 
-def longest_asked(settings_length: int, levers: Sequence[tuple[str, Sequence[str]]], name: str) -> int:
-    """Return the longest limit among what is asked and varied: the data is read at that, and cut for each scene."""
-    values = [_whole(lever, value) for lever, all_ in levers if lever == name for value in all_]
-    return max([settings_length, *values])
+def longest_asked(settings: Settings, levers: Sequence[tuple[str, Sequence[str]]]) -> Settings:
+    """Return settings with the longest limits asked for and varied: data is read so, and cut for each scene."""
+    values = {name: [_whole(name, v) for lever, all_ in levers if lever == name for v in all_] for name in LENGTHS}
+    source = max([settings.max_seq_len, *values["max_seq_len"]])
+    target = max([settings.max_target_len or source, *values["max_target_len"]])
+    return replace(settings, max_seq_len=source, max_target_len=target)

@@ -209,6 +209,11 @@ def fit_plan(plan: Plan, facts: Preprocessed) -> Plan:
     """Return the plan with this data in it; raises ConfigurationError where the data is larger than was planned for."""
     workload, data = plan.workload, facts.data
     assert data is not None
+    if plan.batching.world_size > 1:
+        raise ConfigurationError(
+            f"the plan is for {plan.batching.world_size} ranks, and one trains here",
+            "plan again with --auto: the effective batch stays the same",
+        )
     limits = [workload.max_seq_len, workload.max_target_len][: len(data.lengths)]
     for side, limit in enumerate(limits):
         longest = max(d.longest(side) for d in (data, facts.validation) if d is not None)

@@ -193,6 +193,7 @@ def speed(**changes: Any) -> Speed:
         "seconds_per_step": 0.5,
         "alpha_seconds": 0.004,
         "beta_seconds_per_token": 7.75e-6,
+        "least_seconds": 0.0,
         "update_seconds": 0.0,
         "evaluation_seconds_per_token": 2.5e-6,
     }

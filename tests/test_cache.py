@@ -15,7 +15,6 @@ from autotune.plan import Request
 EVIDENCE = Evidence(
     hardware=hardware(),
     request=request(),
-    budget_bytes=GIB,
     explored=(
         Explored(workload=workload(), process_bytes=1, traced=(), trials=(completed(1, {"forward_backward": 2}),)),
     ),

@@ -77,7 +77,7 @@ class Working(Machine):
         return TraceReport(process_bytes=report.process_bytes, traced=tuple(traced))
 
 
-RATES = Rates(flops=50e12, bytes=500e9)
+RATES = Rates(flops=50e12, bytes=500e9, operator_seconds=8e-6, overlaps=True)
 
 
 def test_time_is_that_of_the_work_at_the_cards_rates() -> None:
@@ -122,3 +122,24 @@ def test_an_estimate_takes_checkpointing_only_where_it_is_needed_or_faster() -> 
         operators = 10**6
 
     assert estimated(Many(GIB, 900 * MIB), rates=RATES, checkpointing="auto").workload.gradient_checkpointing == "on"
+
+
+def test_a_row_however_short_takes_what_its_operators_take_to_start() -> None:
+    """A row at full length takes 22 ms, its operators 20 ms: half as long a row takes no 11 ms."""
+
+    class Many(Working):
+        operators = 2500
+
+    plan = estimated(Many(GIB, 240 * MIB), rates=RATES, data=data_of(2400), micro_batch_size=1)
+    assert plan.forecast is not None
+    assert plan.forecast.seconds_per_epoch == pytest.approx(2400 * 0.020 + 10 * 0.002, rel=0.02)
+
+
+def test_each_way_that_does_not_fit_says_so_and_samples_are_those_of_all_ranks() -> None:
+    needed = estimated(Working(GIB, 10 * GIB), rates=RATES, checkpointing="auto")
+    assert [a.largest_micro_batch_size for a in needed.alternatives] == [0, needed.batching.micro_batch_size]
+    four = estimated(Working(GIB, 240 * MIB), CARD.model_copy(update={"world_size": 4}), rates=RATES)
+    chosen = next(row for row in four.sizes if row.micro_batch_size == four.batching.micro_batch_size)
+    assert four.speed is not None
+    assert chosen.samples_per_second == pytest.approx(four.speed.samples_per_second, rel=0.1)
+    assert four.memory.items["process"] == 756 * MIB, "a context, and what ranks need to talk"

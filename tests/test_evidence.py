@@ -182,12 +182,10 @@ def test_saved_evidence_is_read_back_unchanged() -> None:
         traced=(traced(1, {"forward_backward": 9}),),
         trials=(completed(1, {"forward_backward": 10}, seconds=0.1), out_of_memory(2)),
     )
-    evidence = Evidence(hardware=hardware(), request=request(), budget_bytes=10**10, explored=(explored,))
+    evidence = Evidence(hardware=hardware(), request=request(), explored=(explored,))
     assert Evidence.model_validate_json(evidence.model_dump_json()) == evidence
 
 
 def test_evidence_of_something_else_is_refused() -> None:
     with pytest.raises(ValueError, match="driver"):
-        Evidence.model_validate(
-            {"hardware": hardware(), "request": request(), "budget_bytes": 1, "explored": (), "driver": "580"}
-        )
+        Evidence.model_validate({"hardware": hardware(), "request": request(), "explored": (), "driver": "580"})

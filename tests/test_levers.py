@@ -7,6 +7,8 @@ from typing import Any
 import facts
 import pytest
 import tiny_models
+from hypothesis import given
+from hypothesis import strategies as st
 from test_estimate import RATES, Working, estimated
 from test_planner import CARD, GIB, MIB, data_of
 
@@ -43,31 +45,26 @@ def test_what_does_not_fit_is_a_row_that_says_so() -> None:
     assert "would take" in row.refusal
 
 
-def test_rates_that_were_measured_give_the_measured_time_back() -> None:
-    plan = estimated(Working(GIB, 240 * MIB), rates=RATES)
-    traced = Working(GIB, 240 * MIB).report(plan.workload, (1, 240)).traced
+def test_rates_that_were_measured_give_the_measured_time_back_at_any_size() -> None:
+    """A micro-batch takes 20 ms to begin and a row 1 ms: 32 x 1 row is not what 1 x 32 rows are."""
+    plan = estimated(Working(GIB, MIB), effective_batch_size=32, rates=RATES)
     assert plan.speed is not None
-    slower = plan.model_copy(
-        update={
-            "speed": plan.speed.model_copy(
-                update={"seconds_per_step": 3 * (plan.speed.seconds_per_step - plan.speed.update_seconds),
-                        "update_seconds": 0.0}
-            )
-        }
-    )  # fmt: skip
-    rates = measured_rates(slower, traced)
+    measured = {"alpha_seconds": 0.020, "beta_seconds_per_token": 0.001 / 32, "update_seconds": 0.0}
+    as_measured = plan.model_copy(update={"speed": plan.speed.model_copy(update=measured)})
+    rates = measured_rates(as_measured, Working(GIB, MIB).report(plan.workload, (1, 32)).traced)
     assert rates is not None
-    again = estimated(Working(GIB, 240 * MIB), rates=rates).speed
-    assert again is not None
-    assert again.seconds_per_step - again.update_seconds == pytest.approx(slower.speed.seconds_per_step)
-    assert measured_rates(plan.model_copy(update={"speed": None}), traced) is None
-    assert measured_rates(plan, ()) is None
+    for rows, seconds in ((32, 0.020 + 0.032), (1, 32 * 0.021), (8, 4 * 0.028)):
+        again = estimated(Working(GIB, MIB), effective_batch_size=32, micro_batch_size=rows, rates=rates).speed
+        assert again is not None
+        assert again.seconds_per_step - again.update_seconds == pytest.approx(seconds)
+    assert measured_rates(plan.model_copy(update={"speed": None}), ()) is None
 
 
-def test_more_rows_are_more_of_the_same_mix() -> None:
-    more = with_rows(data_of(100), 1000)
-    assert (more.rows, more.samples) == (1000, 1000)
-    assert more.lengths == (((16, 500), (24, 500)),)
+@given(rows=st.integers(1, 10**6))
+def test_other_numbers_of_rows_are_of_the_same_mix(rows: int) -> None:
+    other = with_rows(data_of(100), rows)
+    assert (other.rows, other.samples) == (rows, rows)
+    assert other.lengths == data_of(100).lengths
 
 
 def test_samples_over_a_limit_are_cut_to_it_and_none_is_lost() -> None:
@@ -76,3 +73,11 @@ def test_samples_over_a_limit_are_cut_to_it_and_none_is_lost() -> None:
     assert with_length(data, 10, 10).lengths == (((10, 100),),)
     assert with_length(data, 24, 24) == data
     assert with_length(data, 100, 100) == data
+
+
+def test_documents_over_a_limit_become_more_samples_and_no_token_is_lost() -> None:
+    documents = data_of(100).model_copy(update={"stage": "pretrain"})
+    short = with_length(documents, 10, 10)
+    assert short.lengths == (((4, 50), (6, 50), (10, 150)),)
+    assert short.samples == 250
+    assert sum(length * count for length, count in short.lengths[0]) == 50 * 16 + 50 * 24

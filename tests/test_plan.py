@@ -196,6 +196,7 @@ def test_the_keys_are_those_that_others_read() -> None:
         "seconds_per_step",
         "alpha_seconds",
         "beta_seconds_per_token",
+        "least_seconds",
         "update_seconds",
         "evaluation_seconds_per_token",
     }

@@ -7,6 +7,8 @@ from typing import Any
 
 import facts
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import workload
 
 from autotune.account import AMPLE, Budget, check_room
@@ -412,6 +414,64 @@ def test_what_no_longer_holds_is_forgotten_and_measured_anew() -> None:
     plan = plan_on(grown, known=first.evidence)
     assert plan.evidence.kind == "measured"
     assert plan.batching == plan_on(Machine(3 * GIB, 200 * MIB)).batching
+
+
+@given(
+    history=st.lists(st.integers(2 * GIB, 7 * GIB), max_size=3), now=st.integers(2 * GIB, 7 * GIB), cpu=st.booleans()
+)
+@settings(max_examples=40)
+def test_whatever_was_planned_before_the_plan_is_what_a_fresh_one_would_be(
+    history: list[int], now: int, cpu: bool
+) -> None:
+    """As good, at least: what is known of more sizes may tell of a better one."""
+    machine, evidence = Machine(GIB // 2, 150 * MIB), None
+    hardware = PROCESSOR if cpu else CARD
+    for limit in history:
+        evidence = planned(machine, hardware, known=evidence, memory_limit_bytes=limit).evidence
+    plan = plan_on(machine, hardware, known=evidence, memory_limit_bytes=now)
+    fresh = plan_on(Machine(GIB // 2, 150 * MIB), hardware, memory_limit_bytes=now)
+    assert plan.workload == fresh.workload
+    assert plan.batching.micro_batch_size >= 0.9 * fresh.batching.micro_batch_size
+    assert plan.memory.measured_peak_bytes is not None
+    assert plan.memory.measured_peak_bytes <= plan.memory.budget_bytes
+
+
+def test_a_size_that_was_too_slow_once_is_not_so_for_ever() -> None:
+    class Slow(Machine):
+        def measure(self, errand: Dry, *rest: Any) -> Trial:
+            if errand.micro_batch_size < 7:
+                return super().measure(errand, *rest)
+            return facts.out_of_memory(errand.micro_batch_size, outcome="timed_out")
+
+    known = planned(Slow(GIB, MIB)).evidence
+    assert plan_on(Machine(GIB, MIB), known=known).batching.micro_batch_size == 240
+
+
+def test_a_remembered_plan_whose_size_has_come_near_the_budget_is_made_anew() -> None:
+    first = planned(Machine(GIB, 240 * MIB), CARD)
+    assert first.plan is not None
+    rows = first.plan.batching.micro_batch_size
+    room = first.plan.memory.budget_bytes - (GIB + rows * 240 * MIB)
+    plan = plan_on(Machine(GIB + room - MIB, 240 * MIB), known=first.evidence)
+    assert plan.evidence.kind == "measured"
+
+
+def test_a_refusal_speaks_of_one_row_whatever_else_is_known() -> None:
+    known = planned(Machine(GIB, 2 * GIB)).evidence
+    with pytest.raises(NothingFitsError, match=r"one row of 32 tokens needs 3\.00 GiB"):
+        plan_on(Machine(GIB, 2 * GIB), known=known, memory_limit_bytes=2 * GIB)
+
+
+def test_a_row_that_is_too_slow_is_not_tried_slower_still() -> None:
+    class Slow(Machine):
+        def measure(self, errand: Dry, *rest: Any) -> Trial:
+            super().measure(errand, *rest)
+            return facts.out_of_memory(errand.micro_batch_size, outcome="timed_out", message="not done after 600 s")
+
+    machine = Slow(GIB, MIB)
+    with pytest.raises(NothingFitsError, match="too slow"):
+        plan_on(machine, checkpointing="auto")
+    assert machine.tried == [("tight", 240), ("tight", 30), ("tight", 3), ("tight", 1)]
 
 
 def test_what_was_learned_of_another_workload_is_not_used() -> None:

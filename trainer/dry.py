@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,10 +129,19 @@ def _expected_peak(state: TrainState, errand: Dry, meter: PeakMeter) -> int | No
         padded = (lengths - targets).max(axis=1) + targets.max(axis=1)
     else:
         padded = lengths.max(axis=1)
-    meter.reset()
+    _give_back(meter)
     for heaviest in {int(padded.argmax()), int(targets.sum(axis=1).argmax())}:
         _run(state, errand, cuts[heaviest], rows, store)
     return meter.peak_bytes()
+
+
+def _give_back(meter: PeakMeter) -> None:
+    """Give back what allocators keep of the worst case, and start a new peak."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+    meter.reset()
 
 
 class Account:

@@ -91,7 +91,7 @@ def _against(plan: Plan, step: int, seconds: float, peak: int) -> Metrics:
         "kind": "event",
         "event": "plan_against_real",
         "step": step,
-        "planned_peak_bytes": plan.memory.measured_peak_bytes,
+        "planned_peak_bytes": plan.memory.measured_peak_bytes or plan.memory.predicted_peak_bytes,
         "real_peak_bytes": peak,
         "planned_seconds": planned,
         "real_seconds": seconds,

@@ -19,7 +19,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import (
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from autotune.errands import Trace, TraceReport
 from autotune.plan import Traced, Work, Workload
@@ -30,6 +35,14 @@ from trainer.model import build_for
 from trainer.step import TrainState, accumulate, start, update
 
 CPU = torch.device("cpu")
+aten = torch.ops.aten
+# torch counts attention for the kernels of cards alone; shapes are those of query, key and value.
+register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)(
+    lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)  # type: ignore[no-untyped-call]
+)
+register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)(
+    lambda out, query, key, value, *_, **__: sdpa_backward_flop_count(out, query, key, value)  # type: ignore[no-untyped-call]
+)
 RATE, CLIP = 1e-4, 1.0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -194,3 +195,50 @@ def test_a_card_that_is_not_here_is_planned_for_by_the_trace(dialogues: Path, ch
     assert "5 rows x 1 accumulation x 2 ranks = effective batch 9, exactly" in done.stdout
     assert "Estimated by the trace alone" in done.stdout
     assert "give or take 15%" in done.stdout
+
+
+def test_the_same_plan_comes_again_after_one_short_check_or_none(dialogues: Path, chatlm: CommandRunner) -> None:
+    asked = ("plan", "--data", dialogues, "--max-seq-len", 72, "--effective-batch-size", 12, "--json")
+    first, again, offline = chatlm(*asked), chatlm(*asked), chatlm(*asked, "--offline")
+    plans = [json.loads(done.stdout) for done in (first, again, offline)]
+    assert [plan["evidence"]["kind"] for plan in plans] == ["measured", "cached", "cached"]
+    assert plans[0]["batching"] == plans[1]["batching"] == plans[2]["batching"]
+    assert plans[0]["speed"] == plans[1]["speed"] == plans[2]["speed"]
+    assert "planned here before" in again.stderr
+    assert [done.stderr.count("dry steps of") for done in (again, offline)] == [1, 0]
+
+
+def test_levers_and_profiles_are_tabled_by_the_trace(dialogues: Path, chatlm: CommandRunner) -> None:
+    done = chatlm("plan", "--gpu", "RTX 3060", "--effective-batch-size", 960, "--vary", "max-seq-len=128,1024",
+                  "--vary", "gpus=2", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = {row["change"]: row["plan"]["batching"] for row in json.loads(done.stdout)}
+    assert list(rows) == ["as asked", "max-seq-len 128", "max-seq-len 1024", "gpus 2"]
+    sizes = [rows[change]["micro_batch_size"] for change in ("max-seq-len 128", "as asked", "max-seq-len 1024")]
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert rows["gpus 2"]["world_size"] == 2
+
+    card = ("plan", "--gpu", "RTX 3060", "--data", dialogues)
+    done = chatlm(*card, "--compare")
+    assert done.returncode == 0, done.stderr
+    for profile in ("small", "fast", "standard", "auto"):
+        assert f"~ {profile} " in done.stdout
+    assert "The least time for an epoch" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("lever", "said"),
+    [
+        ("hello=3", "did you mean|known are"),
+        ("rows", "varies nothing"),
+        ("rows=0", "no whole number above 0"),
+        ("epochs=x", "epochs = 'x'"),
+        ("gpus=2", "give --gpu CARD"),
+    ],
+)
+def test_a_lever_that_is_none_is_told(lever: str, said: str, dialogues: Path, chatlm: CommandRunner) -> None:
+    card = () if lever == "gpus=2" else ("--gpu", "T4")
+    done = chatlm("plan", *card, "--data", dialogues, "--vary", lever)
+    assert done.returncode == 2, done.stderr
+    assert re.search(said, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
