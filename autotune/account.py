@@ -22,7 +22,7 @@ LIBRARIES_BYTES = 64 * MIB
 CUDA_CONTEXT_BYTES = 500 * MIB
 """Of a process on a card before it has a tensor: 226 MiB (L4) to 501 MiB (A100) were published; a trial then tells."""
 RANKS_BYTES = 256 * MIB
-"""What several ranks take on each card: NCCL's buffers and a bucket of gradients. An assumption until it is measured."""
+"""What several ranks take on each card: NCCL's buffers, a bucket of gradients. An assumption until it is measured."""
 ALLOCATOR_SHARE = 0.05
 """What CUDA's allocator keeps beyond what is live: 1.5 to 6.4 % were published, and 5 % are commonly charged."""
 AMPLE = 1.5

@@ -77,7 +77,7 @@ def measure_speed(trial: Trial, workload: Workload, batching: Batching) -> Speed
 def roofline_speed(traced: Sequence[Traced], rates: Rates, workload: Workload, batching: Batching) -> Speed:
     """Say how fast a device would be that does nothing but the traced work, at its dense rates, without overlap.
 
-    seconds = flops / rate + bytes moved / bandwidth: the roofline of Williams et al. 2009, both sides added up, since in
+    seconds = flops / rate + bytes moved / bandwidth: the roofline of Williams et al. 2009, both sides added up, as in
     eager mode an operator waits for the one before. It takes no less than to start the operators, where those are
     started while others work, and that on top of it where they are not.
     """
