@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
-from math import ceil
+from math import ceil, inf
 from statistics import median
 
 from autotune.batching import balanced_cuts, largest_share
@@ -50,6 +50,20 @@ def faster_size(timed: Sequence[Timed], factor: float) -> int | None:
     own, *others = timed
     beat = [t for t in others if all(factor * a < b for a, b in zip(t.seconds, own.seconds, strict=True))]
     return min(beat, key=lambda t: median(t.seconds)).rows if beat else None
+
+
+def beats(trial: Trial, other: Trial, factor: float) -> bool:
+    """Say whether a row of full length took less, by this factor, in each of a trial's steps than in any of another's.
+
+    They were taken at different times, so that only what holds for all of them is no accident.
+    """
+    slowest, fastest = max(_seconds_per_row(trial), default=inf), min(_seconds_per_row(other), default=0.0)
+    return factor * slowest < fastest
+
+
+def _seconds_per_row(trial: Trial) -> list[float]:
+    longest = max((t.padded_tokens for t in trial.timings), default=0)
+    return [t.seconds / trial.micro_batch_size for t in trial.timings[1:] if t.padded_tokens == longest]
 
 
 def measure_speed(trial: Trial, workload: Workload, batching: Batching) -> Speed | None:

@@ -12,7 +12,7 @@ from autotune.errands import DataSummary, Recipe
 from autotune.errors import NothingFitsError
 from autotune.evidence import Evidence, alike
 from autotune.explore import Exploration, Measure, Timing, TraceSizes, Trials
-from autotune.forecast import faster_size, forecast_run, measure_speed, seconds_per_sample
+from autotune.forecast import beats, faster_size, forecast_run, measure_speed, seconds_per_sample
 from autotune.measure import trace_sizes, try_size
 from autotune.plan import (
     SCHEMA,
@@ -163,9 +163,8 @@ class Planner:
             self._alternative("--gradient-checkpointing off", plain, plain.largest, speed),
             self._alternative("--gradient-checkpointing on", other, rows, recomputed),
         ]
-        if speed is not None and recomputed is not None:
-            faster = FASTER * recomputed.seconds_per_step < speed.seconds_per_step
-            return other if faster else plain
+        if recomputed is not None and beats(other.trial_of(rows), plain.trial_of(plain.largest), FASTER):
+            return other
         return plain
 
     def _could_be_faster(self, speed: Speed, rows: int, recomputed_rows: int) -> bool:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from autotune.errands import DRY_LENGTHS
 from autotune.forecast import (
     Histogram,
+    beats,
     expected_longest,
     faster_size,
     forecast,
@@ -338,3 +339,13 @@ def test_without_real_samples_the_time_of_a_sample_is_by_alpha_and_beta() -> Non
     made = speed(alpha_seconds=0.4, beta_seconds_per_token=0.001)
     assert seconds_per_sample(4, (), made, 100) == (pytest.approx(0.2), False)
     assert seconds_per_sample(4, (), None, 100) is None
+
+
+def test_a_trial_beats_another_only_if_it_did_so_in_each_step() -> None:
+    slow = timed(2, (1024, 9.0), (1024, 0.5), (512, 0.1), (1024, 0.4))  # 0.25 and 0.20 s a row
+    quick = timed(8, (4096, 9.0), (4096, 1.2), (2048, 9.0), (4096, 1.4))  # 0.15 and 0.175
+    assert beats(quick, slow, 1.05)
+    assert not beats(quick, slow, 1.2)
+    assert not beats(slow, quick, 1.0)
+    assert not beats(timed(8), slow, 1.0)
+    assert not beats(quick, timed(2), 1.0)

@@ -1,0 +1,46 @@
+"""Plans of real machines, replayed: what was measured there gives the same plan here, with nothing tried."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NoReturn
+
+import facts
+import pytest
+
+from autotune.evidence import Evidence
+from autotune.plan import Batching
+from autotune.planner import Planner
+
+RECORDINGS = sorted((Path(__file__).parent / "recordings").glob("*.json"))
+
+
+def nothing_is_run(*_: object) -> NoReturn:
+    raise AssertionError("a replay asked for a worker")
+
+
+@pytest.mark.parametrize("file", RECORDINGS, ids=lambda file: file.stem)
+def test_what_a_machine_measured_gives_the_same_plan_anywhere(file: Path) -> None:
+    recording = json.loads(file.read_text(encoding="utf-8"))
+    evidence = Evidence.model_validate(recording["evidence"])
+    planner = Planner(
+        evidence.explored[0].workload,
+        evidence.hardware,
+        evidence.request.model_copy(update={"offline": True}),
+        facts.recipe(),
+        None,
+        known=evidence,
+        measure=nothing_is_run,
+        trace=nothing_is_run,
+    )
+    assert list(planner.make()) == []
+    assert planner.plan is not None
+    assert planner.plan.batching == Batching.model_validate(recording["batching"])
+    peak = planner.plan.memory.measured_peak_bytes
+    assert peak is not None
+    assert peak <= planner.plan.memory.budget_bytes
+
+
+def test_there_are_recordings() -> None:
+    assert len(RECORDINGS) >= 2
