@@ -81,3 +81,10 @@ def test_documents_over_a_limit_become_more_samples_and_no_token_is_lost() -> No
     assert short.lengths == (((4, 50), (6, 50), (10, 150)),)
     assert short.samples == 250
     assert sum(length * count for length, count in short.lengths[0]) == 50 * 16 + 50 * 24
+
+
+def test_no_rates_come_of_a_step_whose_time_does_not_grow_with_its_tokens() -> None:
+    plan = estimated(Working(GIB, MIB), effective_batch_size=32, rates=RATES)
+    assert plan.speed is not None
+    flat = plan.model_copy(update={"speed": plan.speed.model_copy(update={"beta_seconds_per_token": 0.0})})
+    assert measured_rates(flat, Working(GIB, MIB).report(plan.workload, (1, 32)).traced) is None

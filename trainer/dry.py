@@ -31,7 +31,7 @@ TIMED_SAMPLES = 16
 BEGINNING_SAMPLES = 2**16
 """Among so many, as a run takes them, the heaviest micro-batches are looked for."""
 TIMED_SECONDS = 5.0
-"""After which no further size is timed, and no repeat begun."""
+"""After which no further size is timed, and no repeat begun where there is nothing to compare."""
 
 
 def take_dry_steps(errand: Dry) -> DryReport:
@@ -98,7 +98,7 @@ def _time(state: TrainState, errand: Dry) -> tuple[Timed, ...]:
         if not taken or time.perf_counter() - began < TIMED_SECONDS:
             taken[rows] = [_run(state, errand, first, rows, store)]
     for repeat in others:
-        if time.perf_counter() - began < TIMED_SECONDS:
+        if len(taken) > 1 or time.perf_counter() - began < TIMED_SECONDS:
             for rows, runs in taken.items():
                 runs.append(_run(state, errand, repeat, rows, store))
     return tuple(
