@@ -7,8 +7,9 @@ On a GPU it plans five other workloads, presets among them, on cards of 8, 24 an
 told to the planner, and the allocator of its workers refuses more.
 
 Each case is planned at two limits, as `chatlm plan --prefer largest` does. Beside it, by the same measurement in fresh
-processes: doubling from one row and bisection (which also finds the truth), and 30 real training steps of worst-case
-rows with an evaluation. Prints one table, and writes benchmarks/results/plan-DEVICE.json.
+processes: doubling from one row and bisection (which also finds the truth), and 30 real training steps, of worst-case
+rows and of micro-batches of many lengths, each with an evaluation. Prints one table, and writes
+benchmarks/results/plan-DEVICE.json.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers as t
 from rich.console import Console
 from rich.table import Table
@@ -39,13 +42,15 @@ from autotune.plan import Hardware, Plan, Request, Trial, Workload
 from autotune.planner import Planner
 from autotune.process import Worker
 from autotune.search import is_safe
-from trainer.data import write_store
+from trainer.data import order, write_store
 from trainer.encode import Sample
 from trainer.microbatch import WorstCase
 from trainer.model import load_config
 
 RESULTS = Path(__file__).parent / "results"
 VOCABULARY, SHARE, STEPS = 4096, 240, 30
+MIXED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Shares of the worst-case length, for a run of micro-batches of many lengths."""
 SIZES = (4, 10)
 """Rows that the two limits of a case are made for."""
 GIB, MIB = 2**30, 2**20
@@ -64,6 +69,8 @@ class Case:
     max_target_len: int = 0
     precision: str = "bf16"
     checkpointing: str = "off"
+    preset: str = ""
+    """Name of the preset that is built."""
 
 
 @dataclass
@@ -81,7 +88,10 @@ class Row:
     out_of_memory: int
     real_over_planned: float
     """Peak of 30 real worst-case steps, evaluation included, over the plan's."""
+    mixed_over_planned: float
+    """The same of micro-batches that are padded to many lengths, as those of real data are."""
     real_within_budget: bool
+    """Of both."""
     plan_seconds: float
     bisection_seconds: float
 
@@ -128,45 +138,84 @@ CASES = [
 ]  # fmt: skip
 
 
-def preset(name: str) -> Callable[[], Any]:
+def preset(name: str, max_seq_len: int, max_target_len: int = 0, checkpointing: str = "off") -> Case:
     def build() -> Any:
         config = load_config(name, None, None)
         kind = t.AutoModelForSeq2SeqLM if config.is_encoder_decoder else t.AutoModelForCausalLM
-        return kind.from_config(config)
+        return kind.from_config(config)  # type: ignore[no-untyped-call]
 
-    return build
+    lengths = "-".join(str(length) for length in (max_seq_len, max_target_len) if length)
+    title = f"{name}-{lengths}" + "-checkpointed" * (checkpointing == "on")
+    return Case(title, build, max_seq_len, max_target_len, checkpointing=checkpointing, preset=name)
 
 
-ON_CARDS = [
-    Case("minimind-26m-512", preset("minimind-26m"), 512),
-    Case("minimind-104m-512", preset("minimind-104m"), 512),
-    Case("minimind-3-512-checkpointed", preset("minimind-3"), 512, checkpointing="on"),
-    Case("chatlm-t5-192-192", preset("chatlm-t5"), 192, 192),
-    Case("llama-512-fp32", llama(512, 8), 512, precision="fp32"),
+PRESETS = [
+    preset("minimind-26m", 512),
+    preset("minimind-104m", 512),
+    preset("minimind-3", 512),
+    preset("minimind-3", 512, checkpointing="on"),
+    preset("chatlm-t5", 192, 192),
 ]
+TRACED_ROWS = (1, 8, 32)
+ON_CARDS = [*PRESETS, Case("llama-512-fp32", llama(512, 8), 512, precision="fp32")]
 CARDS_GIB = (8, 24, 80)
 
 
-def workload_of(case: Case, folder: Path) -> Workload:
+def saved(case: Case, folder: Path) -> Workload:
+    """Save a model of this shape, and say how it is trained."""
     model = case.build()
     model.save_pretrained(folder)
-    parameters = sum(p.numel() for p in model.parameters())
+    return workload(case, str(folder), model.config, sum(p.numel() for p in model.parameters()))
+
+
+def workload(case: Case, model: str, config: Any, parameters: int) -> Workload:
+    attention = config._attn_implementation or "sdpa"
     return Workload.model_validate(
         {
-            "model": str(folder), "task": "seq2seq" if case.max_target_len else "causal", "stage": "sft",
-            "parameters": parameters, "trainable_parameters": parameters, "vocabulary_size": model.config.vocab_size,
+            "model": model, "task": "seq2seq" if case.max_target_len else "causal", "stage": "sft",
+            "parameters": parameters, "trainable_parameters": parameters, "vocabulary_size": config.vocab_size,
             "max_seq_len": case.max_seq_len, "max_target_len": case.max_target_len, "precision": case.precision,
             "optimizer": "adamw", "gradient_checkpointing": case.checkpointing, "frozen": (), "dropout": None,
-            "layout": "fixed", "loss_head": "full", "attention": model.config._attn_implementation, "compile": "off",
+            "layout": "fixed", "loss_head": "full", "attention": attention, "compile": "off",
             "cpu_allocator": "tight", "tokenizer_fingerprint": None, "data_fingerprint": None,
         }
     )  # fmt: skip
 
 
+@dataclass
+class Traced:
+    """What the trace says of a preset."""
+
+    preset: str
+    parameters: int
+    lengths: tuple[int, int]
+    checkpointing: str
+    peak_bytes: dict[int, int]
+    """By rows, of tensors alone."""
+    seconds: float
+    """Of all sizes together, the start of the worker included."""
+
+
+def trace_preset(case: Case, hardware: Hardware) -> Traced:
+    with torch.device("meta"):
+        model = case.build()
+    parameters = sum(p.numel() for p in model.parameters())
+    began = time.perf_counter()
+    (report,) = trace_sizes([workload(case, case.preset, model.config, parameters)], hardware, TRACED_ROWS)
+    return Traced(
+        preset=case.preset,
+        parameters=parameters,
+        lengths=(case.max_seq_len, case.max_target_len),
+        checkpointing=case.checkpointing,
+        peak_bytes={traced.micro_batch_size: max(traced.phases.values()) for traced in report.traced},
+        seconds=time.perf_counter() - began,
+    )
+
+
 def run(case: Case, hardware: Hardware) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        work = workload_of(case, folder / "model")
+        work = saved(case, folder / "model")
         if hardware.device == "cuda":
             for gib in CARDS_GIB:
                 yield at_limit(case, work, hardware, gib * GIB, folder)
@@ -199,7 +248,7 @@ def at_limit(case: Case, work: Workload, hardware: Hardware, limit: int, folder:
     truth, bisection_seconds = bisect(work, hardware, plan.memory.budget_bytes, limit)
     peak = plan.memory.measured_peak_bytes
     assert peak is not None
-    real = train(plan, folder)
+    real, mixed = train(plan, folder, (1.0,)), train(plan, folder, MIXED)
     return Row(
         case=case.name,
         limit_bytes=limit,
@@ -210,7 +259,8 @@ def at_limit(case: Case, work: Workload, hardware: Hardware, limit: int, folder:
         dry_steps=plan.evidence.dry_steps,
         out_of_memory=plan.evidence.out_of_memory_count,
         real_over_planned=real / peak,
-        real_within_budget=real <= plan.memory.budget_bytes,
+        mixed_over_planned=mixed / peak,
+        real_within_budget=max(real, mixed) <= plan.memory.budget_bytes,
         plan_seconds=plan_seconds,
         bisection_seconds=bisection_seconds,
     )
@@ -239,14 +289,24 @@ def bisect(work: Workload, hardware: Hardware, budget: int, limit: int) -> tuple
     return low, time.perf_counter() - began
 
 
-def train(plan: Plan, folder: Path) -> int:
-    """Train 30 steps of two micro-batches of worst-case rows, and evaluate; return the highest peak in bytes."""
+def train(plan: Plan, folder: Path, shares: tuple[float, ...]) -> int:
+    """Train 30 steps of two micro-batches, and evaluate on worst-case rows; return the highest peak in bytes.
+
+    Rows take these shares of the worst-case length. The order is a run's own, a permutation by the seed.
+    """
     work, rows = plan.workload, plan.batching.micro_batch_size
-    worst = WorstCase(work)
-    stores = {"train": STEPS * 2 * rows, "validation": 2 * rows}
-    for name, count in stores.items():
+    count = STEPS * 2 * rows
+    place = np.argsort(order(count, RECIPE.seed, 0))
+    stores: dict[str, list[float]] = {
+        "train": [shares[int(at) // rows % len(shares)] for at in place],
+        "validation": [1.0] * (2 * rows),
+    }
+    for name, lengths in stores.items():
         (folder / name).mkdir(exist_ok=True)
-        samples = (Sample(worst.tokens(i).tolist(), [tuple(map(int, worst.spans(i)[0]))]) for i in range(count))
+        worst = [WorstCase(work, share) for share in lengths]
+        samples = (
+            Sample(w.tokens(i).tolist(), [(int(w.spans(i)[0][0]), int(w.spans(i)[0][1]))]) for i, w in enumerate(worst)
+        )
         write_store(samples, folder / name, work.task, work.vocabulary_size)
     (folder / "tokenizer").mkdir(exist_ok=True)
     (folder / "run").mkdir(exist_ok=True)
@@ -259,19 +319,20 @@ def train(plan: Plan, folder: Path) -> int:
     with Worker(errand, plan.hardware.cores, work.cpu_allocator) as worker:
         rows_seen = [event["row"] for event in worker.events() if event["event"] == "metrics"]
         assert sum(row["kind"] == "train" for row in rows_seen) == STEPS, worker.last_words()
-    return max(row["peak_memory_bytes"] for row in rows_seen if "peak_memory_bytes" in row)
+    return max(int(row["peak_memory_bytes"]) for row in rows_seen if "peak_memory_bytes" in row)
 
 
 def print_table(rows: list[Row]) -> None:
     table = Table()
     for name in ("case", "limit", "before any trial", "largest", "truly", "trials", "dry steps", "oom",
-                 "real / plan", "in budget", "plan s", "bisection s"):  # fmt: skip
+                 "real / plan", "mixed / plan", "in budget", "plan s", "bisection s"):  # fmt: skip
         table.add_column(name, justify="left" if name == "case" else "right")
     for r in rows:
         table.add_row(
             r.case, f"{r.limit_bytes / 2**30:.2f}", f"{r.before_any_trial - 1:+.1%}", str(r.largest),
             str(r.truly_largest), str(r.trials), str(r.dry_steps), str(r.out_of_memory),
-            f"{r.real_over_planned - 1:+.1%}", "yes" if r.real_within_budget else "NO", f"{r.plan_seconds:.0f}",
+            f"{r.real_over_planned - 1:+.1%}",
+            f"{r.mixed_over_planned - 1:+.1%}", "yes" if r.real_within_budget else "NO", f"{r.plan_seconds:.0f}",
             f"{r.bisection_seconds:.0f}",
         )  # fmt: skip
     Console(width=140).print(table)
@@ -281,29 +342,31 @@ def main() -> None:
     wanted = sys.argv[1:]
     hardware = read_hardware(Path())
     rows: list[Row] = []
+    presets = [trace_preset(case, hardware) for case in PRESETS if not wanted or "presets" in wanted]
     for case in ON_CARDS if hardware.device == "cuda" else CASES:
         if not wanted or case.name.startswith(tuple(wanted)):
             rows += run(case, hardware)
             print_table(rows)
-            write(rows, hardware)
+            write(rows, presets, hardware)
 
 
-def write(rows: list[Row], hardware: Hardware) -> None:
+def write(rows: list[Row], presets: list[Traced], hardware: Hardware) -> None:
     """Write what there is, after each case: a run that is cut short leaves something."""
     RESULTS.mkdir(exist_ok=True)
     errors = [abs(r.before_any_trial - 1) for r in rows]
     found = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{hardware.device_name}, {hardware.cores} cores, {platform.system()} {platform.machine()}",
-        "versions": {"transformers": t.__version__, "numpy": np.__version__},
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
         "median_error_before_any_trial": float(np.median(errors)),
         "mean_dry_steps": float(np.mean([r.dry_steps for r in rows])),
         "plan_over_bisection_seconds": sum(r.plan_seconds for r in rows) / sum(r.bisection_seconds for r in rows),
         "rows": [asdict(r) for r in rows],
+        "presets": [asdict(p) for p in presets],
     }
     file = RESULTS / f"plan-{hardware.device}.json"
     file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print({name: value for name, value in found.items() if name != "rows"})
+    print({name: value for name, value in found.items() if name not in ("rows", "presets")})
 
 
 if __name__ == "__main__":
