@@ -15,8 +15,11 @@ from autotune.plan import Device, Fact, Plan, Stage, Task, Timed, Timing, Traced
 DRY_MICRO_BATCHES = 2
 """Micro-batches in a dry step: the second one meets resident gradients, as all but the first do in training."""
 DRY_LENGTHS = (1.0, 0.5, 1.0, 1.0)
-"""Share of the worst-case length in each dry step. A shorter one tells what a shorter row costs in seconds, and makes an
-allocator cut what it keeps; three lengths read 3 to 5 % above many full steps, two 1 to 2 %. A first step is no guide."""
+"""Share of the worst-case length in each dry step. A first step is no guide.
+
+A shorter one tells what a shorter row costs in seconds, and makes an allocator cut what it keeps: with two lengths a
+peak was read 1 to 2 % above that of many full steps, with three 3 to 5 %.
+"""
 EXPLORING_LENGTHS = (1.0, 1.0)
 """Of a trial that only tells where to look: the second step meets the optimizer's moments."""
 

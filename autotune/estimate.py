@@ -2,101 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from autotune.account import GIB, Budget, estimated_account, process_bytes, set_budget
+from autotune.account import GIB, estimated_account, process_bytes
 from autotune.alternatives import advise, checkpointed, estimated_largest, estimated_peak, size_rows, what_would_fit
-from autotune.batching import largest_share, reach, useful_sizes
-from autotune.errands import DataSummary, Recipe, TraceReport
+from autotune.batching import reach
+from autotune.errands import TraceReport
 from autotune.errors import ConfigurationError, NothingFitsError
 from autotune.evidence import MemoryModel, fit
 from autotune.explore import TraceSizes
 from autotune.forecast import forecast_run, roofline_speed
-from autotune.plan import (
-    SCHEMA,
-    Alternative,
-    Batching,
-    EvidenceSummary,
-    Hardware,
-    LimitedBy,
-    Plan,
-    Rates,
-    Request,
-    Speed,
-    Workload,
-)
+from autotune.inputs import PlanInputs
+from autotune.plan import SCHEMA, Alternative, Batching, EvidenceSummary, Plan, Rates, Speed, Workload
 from autotune.search import sizes_to_trace
 
 ERROR = 0.15
 """By which an estimated peak may be wrong, for people: the published runs it was held against lie within."""
+NOTHING_TRIED = EvidenceSummary(
+    kind="estimated", dry_steps=0, timing_steps=0, trials=(), out_of_memory_count=0, seconds=0.0
+)
 
 
-def estimate(
-    workload: Workload,
-    hardware: Hardware,
-    request: Request,
-    recipe: Recipe,
-    data: DataSummary | None,
-    validation: DataSummary | None,
-    rates: Rates | None,
-    trace: TraceSizes,
-    *,
-    advising: bool = True,
-) -> Plan:
+def estimate(inputs: PlanInputs, rates: Rates | None, trace: TraceSizes, *, advising: bool = True) -> Plan:
     """Plan for hardware that need not be here; without `rates` it says nothing of time.
 
     Raises NothingFitsError, when `advising` with the changes that would fit.
     """
-    budget = set_budget(hardware, request.memory_limit_bytes, request.headroom)
-    samples = min(request.effective_batch_size, data.samples) if data else request.effective_batch_size
-    sizes = useful_sizes(largest_share(samples, hardware.world_size))
-    to_trace = sizes_to_trace(max(sizes[-1], request.micro_batch_size or 1))
-
-    def look_at(work: Workload) -> list[_Way]:
-        reports = trace([work], hardware, to_trace)
-        return [_Way.of(work, report, hardware, budget, request, samples, sizes, rates) for report in reports]
-
-    ways = look_at(workload)
+    ways = _look_at(inputs.workload, inputs, rates, trace)
     if not ways:
         raise ConfigurationError(
-            f"the model {workload.model} cannot be traced, so nothing is known of a card that is not here",
+            f"the model {inputs.workload.model} cannot be traced, so nothing is known of a card that is not here",
             "plan on a machine that has the card",
         )
     fits_at_once = ways[0].fits and ways[0].batching.gradient_accumulation_steps == 1
-    if request.checkpointing == "auto" and not fits_at_once:
-        ways += look_at(checkpointed(workload))
+    if inputs.request.checkpointing == "auto" and not fits_at_once:
+        ways += _look_at(checkpointed(inputs.workload), inputs, rates, trace)
     fits = [way for way in ways if way.fits]
     if not fits:
-        _refuse(ways[0], hardware, budget, sizes, trace if advising else None)
+        _refuse(ways[0], inputs, trace if advising else None)
     best = min(fits, key=lambda way: way.speed.seconds_per_step if way.speed else 0.0)
-    return Plan(
-        schema_name=SCHEMA,
-        workload=best.workload,
-        hardware=hardware,
-        batching=best.batching,
-        memory=estimated_account(budget, hardware, best.report, best.batching.micro_batch_size, best.peak_bytes),
-        speed=best.speed,
-        forecast=forecast_run(recipe, data, validation, best.workload, best.batching, best.speed, None)
-        if data and best.speed
-        else None,
-        alternatives=tuple(way.alternative for way in ways) if len(ways) > 1 else (),
-        sizes=size_rows(
-            lambda rows: estimated_peak(best.model, rows, hardware),
-            best.batching.largest_safe_micro_batch_size,
-            best.batching.micro_batch_size,
-            sizes,
-            {},
-            lambda rows: _seconds_per_sample(best, rates, rows),
-        ),
-        evidence=NOTHING_TRIED,
-    )
-
-
-NOTHING_TRIED = EvidenceSummary(
-    kind="estimated", dry_steps=0, timing_steps=0, trials=(), out_of_memory_count=0, seconds=0.0
-)
+    return _write(best, ways, inputs, rates)
 
 
 @dataclass(frozen=True)
@@ -111,32 +57,6 @@ class _Way:
     fits: bool
     speed: Speed | None
 
-    @classmethod
-    def of(
-        cls,
-        workload: Workload,
-        report: TraceReport,
-        hardware: Hardware,
-        budget: Budget,
-        request: Request,
-        samples: int,
-        sizes: Sequence[int],
-        rates: Rates | None,
-    ) -> _Way:
-        model = fit((), report.traced, process_bytes(report, hardware))
-        assert model is not None
-        largest = estimated_largest(model, budget.budget_bytes, sizes, hardware) or 1
-        rows = request.micro_batch_size or largest
-        limited_by: LimitedBy = "memory"
-        if request.micro_batch_size:
-            limited_by = "user"
-        elif rows == sizes[-1]:
-            limited_by = "effective_batch" if samples == request.effective_batch_size else "data"
-        batching = reach(samples, hardware.world_size, rows, max(rows, largest), limited_by)
-        speed = roofline_speed(report.traced, rates, workload, batching) if rates else None
-        peak = estimated_peak(model, rows, hardware)
-        return cls(workload, report, model, batching, peak, peak <= budget.budget_bytes, speed)
-
     @property
     def alternative(self) -> Alternative:
         return Alternative(
@@ -149,6 +69,50 @@ class _Way:
         )
 
 
+def _look_at(workload: Workload, inputs: PlanInputs, rates: Rates | None, trace: TraceSizes) -> list[_Way]:
+    """Trace a workload, and say what its largest size would come to; empty where it cannot be traced."""
+    hardware, given = inputs.hardware, inputs.request.micro_batch_size
+    ways, budget_bytes = [], inputs.budget.budget_bytes
+    for report in trace([workload], hardware, sizes_to_trace(max(inputs.sizes[-1], given or 1))):
+        model = fit((), report.traced, process_bytes(report, hardware))
+        assert model is not None
+        largest = estimated_largest(model, budget_bytes, inputs.sizes, hardware) or 1
+        rows = given or largest
+        batching = inputs.reach(rows, max(rows, largest), "user" if given else inputs.limited_by(rows))
+        speed = roofline_speed(report.traced, rates, workload, batching) if rates else None
+        peak = estimated_peak(model, rows, hardware)
+        ways.append(_Way(workload, report, model, batching, peak, peak <= budget_bytes, speed))
+    return ways
+
+
+def _write(best: _Way, ways: list[_Way], inputs: PlanInputs, rates: Rates | None) -> Plan:
+    hardware, rows = inputs.hardware, best.batching.micro_batch_size
+    forecast = None
+    if inputs.data and best.speed:
+        forecast = forecast_run(
+            inputs.recipe, inputs.data, inputs.validation, best.workload, best.batching, best.speed, None
+        )
+    return Plan(
+        schema_name=SCHEMA,
+        workload=best.workload,
+        hardware=hardware,
+        batching=best.batching,
+        memory=estimated_account(inputs.budget, hardware, best.report, rows, best.peak_bytes),
+        speed=best.speed,
+        forecast=forecast,
+        alternatives=tuple(way.alternative for way in ways) if len(ways) > 1 else (),
+        sizes=size_rows(
+            lambda size: estimated_peak(best.model, size, hardware),
+            best.batching.largest_safe_micro_batch_size,
+            rows,
+            inputs.sizes,
+            {},
+            lambda size: _seconds_per_sample(best, rates, size),
+        ),
+        evidence=NOTHING_TRIED,
+    )
+
+
 def _seconds_per_sample(way: _Way, rates: Rates | None, rows: int) -> tuple[float, bool] | None:
     if rates is None:
         return None
@@ -157,10 +121,11 @@ def _seconds_per_sample(way: _Way, rates: Rates | None, rows: int) -> tuple[floa
     return speed.seconds_per_step / (rows * ranks), False
 
 
-def _refuse(way: _Way, hardware: Hardware, budget: Budget, sizes: Sequence[int], trace: TraceSizes | None) -> NoReturn:
-    rows, workload = way.batching.micro_batch_size, way.workload
+def _refuse(way: _Way, inputs: PlanInputs, trace: TraceSizes | None) -> NoReturn:
+    rows, workload, budget = way.batching.micro_batch_size, way.workload, inputs.budget
+    changes = what_would_fit(trace, workload, inputs.hardware, budget.budget_bytes, inputs.sizes) if trace else None
     raise NothingFitsError(
         f"{rows} rows of {workload.tokens_per_row} tokens would take {way.peak_bytes / GIB:.2f} GiB by the trace; "
         f"{budget}",
-        advise(what_would_fit(trace, workload, hardware, budget.budget_bytes, sizes)) if trace else "",
+        "" if changes is None else advise(changes),
     )

@@ -6,26 +6,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from autotune.errands import DataSummary, Recipe, TraceReport
+from autotune.errands import DataSummary, TraceReport
 from autotune.errors import NothingFitsError
 from autotune.estimate import estimate
 from autotune.evidence import traced_work
 from autotune.explore import TraceSizes
 from autotune.forecast import Histogram
-from autotune.plan import Hardware, Plan, Rates, Request, Traced, Workload
+from autotune.inputs import PlanInputs
+from autotune.plan import Hardware, Plan, Rates, Traced, Workload
 
 FLOPS_PER_BYTE = 10.0
 """Of a processor, between what it multiplies and what it moves: 5 (fp32) to 20 (bf16) on those at hand."""
-
-
-class Scene(NamedTuple):
-    """All that a plan is made from."""
-
-    workload: Workload
-    hardware: Hardware
-    request: Request
-    recipe: Recipe
-    data: DataSummary | None
 
 
 class Varied(NamedTuple):
@@ -39,25 +30,18 @@ class Varied(NamedTuple):
 
 
 def vary(
-    scenes: Mapping[str, Scene],
-    validation: DataSummary | None,
-    rates_of: Callable[[Workload], Rates | None],
-    trace: TraceSizes,
+    scenes: Mapping[str, PlanInputs], rates_of: Callable[[Workload], Rates | None], trace: TraceSizes
 ) -> list[Varied]:
     """Estimate each scene, with its name for the change; one worker traces what they all need."""
     once = _traced_once(trace, [scene.workload for scene in scenes.values()])
-    return [_estimated(change, scene, validation, rates_of(scene.workload), once) for change, scene in scenes.items()]
+    return [_estimated(change, scene, rates_of(scene.workload), once) for change, scene in scenes.items()]
 
 
-def _estimated(
-    change: str, scene: Scene, validation: DataSummary | None, rates: Rates | None, trace: TraceSizes
-) -> Varied:
-    workload, hardware, request, recipe, data = scene
+def _estimated(change: str, scene: PlanInputs, rates: Rates | None, trace: TraceSizes) -> Varied:
     try:
-        plan = estimate(workload, hardware, request, recipe, data, validation, rates, trace, advising=False)
+        return Varied(change, estimate(scene, rates, trace, advising=False), "")
     except NothingFitsError as error:
         return Varied(change, None, error.message)
-    return Varied(change, plan, "")
 
 
 def _traced_once(trace: TraceSizes, workloads: Sequence[Workload]) -> TraceSizes:

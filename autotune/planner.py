@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import Literal, NoReturn
 
-from autotune.account import DRIFT, GIB, check_host, measured_account, set_budget, state_bytes
+from autotune.account import DRIFT, GIB, check_host, measured_account, state_bytes
 from autotune.alternatives import CHECKPOINTING, advise, checkpointed, size_rows, what_would_fit
-from autotune.batching import largest_share, reach, useful_sizes
-from autotune.errands import DataSummary, Recipe
 from autotune.errors import NothingFitsError
 from autotune.evidence import Evidence, alike
 from autotune.explore import Exploration, Measure, Timing, TraceSizes, Trials
 from autotune.forecast import beats, faster_size, forecast_run, measure_speed, seconds_per_sample
+from autotune.inputs import PlanInputs
 from autotune.measure import trace_sizes, try_size
 from autotune.plan import (
     SCHEMA,
@@ -20,10 +19,8 @@ from autotune.plan import (
     Batching,
     EvidenceSummary,
     Forecast,
-    Hardware,
     LimitedBy,
     Plan,
-    Request,
     SizeRow,
     Speed,
     Trial,
@@ -42,25 +39,16 @@ class Planner:
 
     def __init__(
         self,
-        workload: Workload,
-        hardware: Hardware,
-        request: Request,
-        recipe: Recipe,
-        data: DataSummary | None,
-        validation: DataSummary | None = None,
+        inputs: PlanInputs,
         known: Evidence | None = None,
         measure: Measure = try_size,
         trace: TraceSizes = trace_sizes,
     ) -> None:
-        self._hardware, self._request, self._recipe = hardware, request, recipe
-        self._data, self._validation = data, validation
+        self._inputs, self._hardware, self._request = inputs, inputs.hardware, inputs.request
         self._measure, self._trace = measure, trace
-        self.budget = set_budget(hardware, request.memory_limit_bytes, request.headroom)
-        self._samples = request.effective_batch_size
-        if data is not None:
-            self._samples = min(self._samples, data.samples)
-        self._asked, self._known = workload, known
-        self._explorations = [self._explore(workload)]
+        self.budget = inputs.budget
+        self._known = known
+        self._explorations = [self._explore(inputs.workload)]
         self._alternatives: list[Alternative] = []
         self.plan: Plan | None = None
 
@@ -108,20 +96,20 @@ class Planner:
 
     def _forget(self) -> None:
         self._known, self._alternatives = None, []
-        self._explorations = [self._explore(self._asked)]
+        self._explorations = [self._explore(self._inputs.workload)]
 
     def _explore(self, workload: Workload) -> Exploration:
-        data, request = self._data, self._request
+        data, request = self._inputs.data, self._request
         timing = None
         if data is not None:
             smaller = request.prefer == "auto" and request.micro_batch_size is None
-            timing = Timing(data.store, self._recipe.seed, smaller)
+            timing = Timing(data.store, self._inputs.recipe.seed, smaller)
         exploration = Exploration(
             workload=workload,
             hardware=self._hardware,
             limit_bytes=self.budget.limit_bytes,
             budget_bytes=round(self.budget.budget_bytes / (1 + DRIFT[self._hardware.device])),
-            sizes=useful_sizes(largest_share(self._samples, self._hardware.world_size)),
+            sizes=self._inputs.sizes,
             timing=timing,
             measure=self._measure,
             trace_sizes=self._trace,
@@ -169,7 +157,9 @@ class Planner:
 
     def _could_be_faster(self, speed: Speed, rows: int, recomputed_rows: int) -> bool:
         """Say whether what fewer micro-batches save may outweigh the second forward."""
-        before, after = (self._reach(r, r, "memory").gradient_accumulation_steps for r in (rows, recomputed_rows))
+        before, after = (
+            self._inputs.reach(r, r, "memory").gradient_accumulation_steps for r in (rows, recomputed_rows)
+        )
         micro_batches = speed.seconds_per_step - speed.update_seconds
         saved = (before - after) * speed.alpha_seconds
         return saved > RECOMPUTING * (micro_batches - before * speed.alpha_seconds)
@@ -181,7 +171,7 @@ class Planner:
         return Alternative(
             change=change,
             largest_micro_batch_size=rows,
-            gradient_accumulation_steps=self._reach(rows, rows, "memory").gradient_accumulation_steps,
+            gradient_accumulation_steps=self._inputs.reach(rows, rows, "memory").gradient_accumulation_steps,
             peak_bytes=(exploration.trial_of(rows).peak_bytes or 0) if measured else model.peak_bytes(rows),
             seconds_per_step=speed.seconds_per_step if speed else None,
             measured=measured,
@@ -190,9 +180,6 @@ class Planner:
     def _choose(self, exploration: Exploration) -> Generator[Trial, None, tuple[int, LimitedBy]]:
         """Take the largest safe size, or a smaller one where it was faster on real samples."""
         rows = exploration.largest
-        limited_by: LimitedBy = "memory"
-        if rows == exploration.sizes[-1]:
-            limited_by = "effective_batch" if self._samples == self._request.effective_batch_size else "data"
         if self._request.prefer == "auto":
             faster = faster_size(exploration.trial_of(rows).timed, FASTER)
             if faster is not None:
@@ -200,7 +187,7 @@ class Planner:
                     yield from exploration.try_size(faster)
                 if is_safe(exploration.trial_of(faster), exploration.budget_bytes):
                     return faster, "speed"
-        return rows, limited_by
+        return rows, self._inputs.limited_by(rows)
 
     @property
     def _budget_words(self) -> str:
@@ -238,16 +225,13 @@ class Planner:
             ),
         )
 
-    def _reach(self, rows: int, largest: int, limited_by: LimitedBy) -> Batching:
-        return reach(self._samples, self._hardware.world_size, rows, largest, limited_by)
-
     def _speed(self, exploration: Exploration, rows: int) -> Speed | None:
-        return measure_speed(exploration.trial_of(rows), exploration.workload, self._reach(rows, rows, "memory"))
+        return measure_speed(exploration.trial_of(rows), exploration.workload, self._inputs.reach(rows, rows, "memory"))
 
     def _write(self, exploration: Exploration, rows: int, limited_by: LimitedBy) -> Plan:
         trial = exploration.trial_of(rows)
         check_host(self._hardware, exploration.workload, trial)
-        batching = self._reach(rows, max(rows, exploration.largest), limited_by)
+        batching = self._inputs.reach(rows, max(rows, exploration.largest), limited_by)
         speed = measure_speed(trial, exploration.workload, batching)
         tried = [t for e in self._explorations for t in e.tried]
         return Plan(
@@ -277,11 +261,12 @@ class Planner:
         )
 
     def _forecast(self, exploration: Exploration, batching: Batching, speed: Speed | None) -> Forecast | None:
-        if self._data is None or speed is None:
+        inputs = self._inputs
+        if inputs.data is None or speed is None:
             return None
         timed = [t for tried in exploration.trials for t in tried.timed if t.rows == batching.micro_batch_size]
         most = max(timed, key=lambda t: t.samples * len(t.seconds), default=None)
-        return forecast_run(self._recipe, self._data, self._validation, exploration.workload, batching, speed, most)
+        return forecast_run(inputs.recipe, inputs.data, inputs.validation, exploration.workload, batching, speed, most)
 
 
 def summarise(

@@ -15,6 +15,7 @@ from reports import Reports
 
 from autotune.errands import Recipe, TokenIds, Train
 from autotune.hardware import read_hardware
+from autotune.inputs import PlanInputs
 from autotune.plan import Request, Workload
 from autotune.planner import Planner
 from autotune.process import Worker
@@ -30,7 +31,8 @@ def main() -> None:
         effective_batch_size=errand["effective_batch_size"], micro_batch_size=None, prefer="largest",
         checkpointing="given", memory_limit_bytes=None, headroom=None, offline=False,
     )  # fmt: skip
-    planner = Planner(Workload.model_validate(errand["workload"]), read_hardware(Path()), request, recipe, None)
+    workload = Workload.model_validate(errand["workload"])
+    planner = Planner(PlanInputs(workload, read_hardware(Path()), request, recipe, None, None))
     for trial in planner.make():
         report("forward", trial.micro_batch_size)
         for _ in trial.timings:

@@ -25,14 +25,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from plan import CASES, RESULTS, Case, workload_of
+from plan import CASES, RESULTS, Case, save_model, worst_samples
 from rich.console import Console
 from rich.table import Table
 
 from autotune.hardware import read_hardware
 from trainer.data import write_store
-from trainer.encode import Sample
-from trainer.microbatch import WorstCase
 
 HERE = Path(__file__).parent
 PEERS = HERE.parent / ".venv-peers" / "bin" / "python"
@@ -175,13 +173,10 @@ def command_of(finder: str, errand: dict[str, Any]) -> list[str]:
 
 def prepare(case: Case, folder: Path) -> dict[str, Any]:
     """Write the model, and for us a store of worst-case rows; return what every finder is told."""
-    work = workload_of(case, folder / "model")
-    worst = WorstCase(work)
+    work = save_model(case, folder / "model")
     for name in ("store", "tokenizer", "run"):
         (folder / name).mkdir()
-    rows = range(STEPS * EFFECTIVE)
-    samples = (Sample(worst.tokens(i).tolist(), [tuple(map(int, worst.spans(i)[0]))]) for i in rows)
-    write_store(samples, folder / "store", work.task, work.vocabulary_size)
+    write_store(worst_samples(work, [1.0] * (STEPS * EFFECTIVE)), folder / "store", work.task, work.vocabulary_size)
     return {
         "model": work.model, "workload": work.model_dump(), "max_seq_len": work.max_seq_len,
         "vocabulary_size": work.vocabulary_size, "precision": work.precision, "folder": str(folder),

@@ -19,7 +19,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -37,6 +37,7 @@ from autotune.alternatives import estimated_peak
 from autotune.errands import Dry, Recipe, TokenIds, TraceReport, Train
 from autotune.evidence import fit
 from autotune.hardware import read_hardware
+from autotune.inputs import PlanInputs
 from autotune.measure import trace_sizes, try_size
 from autotune.plan import Hardware, Plan, Request, Trial, Workload
 from autotune.planner import Planner
@@ -161,7 +162,7 @@ ON_CARDS = [*PRESETS, Case("llama-512-fp32", llama(512, 8), 512, precision="fp32
 CARDS_GIB = (8, 24, 80)
 
 
-def saved(case: Case, folder: Path) -> Workload:
+def save_model(case: Case, folder: Path) -> Workload:
     """Save a model of this shape, and say how it is trained."""
     model = case.build()
     model.save_pretrained(folder)
@@ -215,7 +216,7 @@ def trace_preset(case: Case, hardware: Hardware) -> Traced:
 def run(case: Case, hardware: Hardware) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        work = saved(case, folder / "model")
+        work = save_model(case, folder / "model")
         if hardware.device == "cuda":
             for gib in CARDS_GIB:
                 yield at_limit(case, work, hardware, gib * GIB, folder)
@@ -234,7 +235,7 @@ def at_limit(case: Case, work: Workload, hardware: Hardware, limit: int, folder:
         effective_batch_size=SHARE, micro_batch_size=None, prefer="largest", checkpointing="given",
         memory_limit_bytes=limit, headroom=None, offline=False,
     )  # fmt: skip
-    planner = Planner(work, hardware, request, RECIPE, None)
+    planner = Planner(PlanInputs(work, hardware, request, RECIPE, None, None))
     began = time.perf_counter()
     list(planner.make())
     plan_seconds = time.perf_counter() - began
@@ -289,6 +290,14 @@ def bisect(work: Workload, hardware: Hardware, budget: int, limit: int) -> tuple
     return low, time.perf_counter() - began
 
 
+def worst_samples(work: Workload, shares: Iterable[float]) -> Iterator[Sample]:
+    """Yield samples that take these shares of the worst-case length."""
+    for i, share in enumerate(shares):
+        worst = WorstCase(work, share)
+        ((start, end),) = worst.spans(i)
+        yield Sample(worst.tokens(i).tolist(), [(int(start), int(end))])
+
+
 def train(plan: Plan, folder: Path, shares: tuple[float, ...]) -> int:
     """Train 30 steps of two micro-batches, and evaluate on worst-case rows; return the highest peak in bytes.
 
@@ -303,11 +312,7 @@ def train(plan: Plan, folder: Path, shares: tuple[float, ...]) -> int:
     }
     for name, lengths in stores.items():
         (folder / name).mkdir(exist_ok=True)
-        worst = [WorstCase(work, share) for share in lengths]
-        samples = (
-            Sample(w.tokens(i).tolist(), [(int(w.spans(i)[0][0]), int(w.spans(i)[0][1]))]) for i, w in enumerate(worst)
-        )
-        write_store(samples, folder / name, work.task, work.vocabulary_size)
+        write_store(worst_samples(work, lengths), folder / name, work.task, work.vocabulary_size)
     (folder / "tokenizer").mkdir(exist_ok=True)
     (folder / "run").mkdir(exist_ok=True)
     batching = plan.batching.model_copy(update={"effective_batch_size": 2 * rows})

@@ -49,7 +49,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(**arguments)
         except UserError as error:
-            from cli.render import fail
+            from cli.render.console import fail
 
             fail(error.message, error.hint)
             if debug:
@@ -60,7 +60,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if debug:
                 raise
-            from cli.render import fail
+            from cli.render.console import fail
 
             fail(
                 f"internal error: {type(error).__name__}: {error}",
@@ -141,7 +141,7 @@ def train(
 @guarded
 def profiles(debug: Debug = False) -> None:
     """List the profiles."""
-    from cli.render import print_profiles
+    from cli.render.settings import print_profiles
     from profiles import load_profile, profile_names
 
     print_profiles({name: load_profile(name) for name in profile_names()})

@@ -29,31 +29,20 @@ from autotune.planner import Planner
 from autotune.process import Worker, WorkerCrashedError, ask
 from cli.options import as_arguments
 from cli.progress import RunProgress
-from cli.render import (
-    batch_line,
-    count,
-    duration,
-    gib,
-    number,
-    out,
-    print_account,
-    print_config,
-    print_json,
-    print_plan,
-    print_trials,
-    print_varied,
-    say,
-    trial_line,
-    warn,
-)
+from cli.render.console import out, print_json, say, warn
+from cli.render.explain import print_account, print_trials, trial_line
+from cli.render.plan import batch_line, print_plan
+from cli.render.settings import print_config
+from cli.render.units import count, duration, gib, number
+from cli.render.whatif import print_varied
 from cli.whatif import Stage, longest_asked, parse_lever
 from cli.wiring import (
     cache_dir,
     fit_plan,
     make_folder,
+    make_inputs,
     make_recipe,
     make_request,
-    make_workload,
     memory_wishes,
     notes,
     preprocess_errand,
@@ -162,7 +151,7 @@ def _what_if(
             return measured
         return find_rates(hardware.device_name, workload.precision) if hardware.device == "cuda" else None
 
-    rows = vary(scenes, facts.validation, rates_of, trace_sizes)
+    rows = vary(scenes, rates_of, trace_sizes)
     as_asked = "as asked" if levers else "auto"
     return [Varied(as_asked, plan, "") if plan and row.change == as_asked else row for row in rows]
 
@@ -228,11 +217,10 @@ def _decide(resolved: Resolved, remembering: Remembering, *, search: bool, demo:
     hardware, settings = _read_hardware(resolved.settings), resolved.settings
     request = make_request(resolved, hardware.world_size, search=search, offline=remembering.offline)
     facts = _preprocess(settings, hardware, demo=demo)
-    workload = make_workload(settings, facts, hardware)
-    key = (cache_dir(), workload, hardware, request)
+    inputs = make_inputs(settings, facts, hardware, request)
+    key = (cache_dir(), inputs.workload, hardware, request)
     known = cache.recall(*key) if remembering.cache else None
-    recipe = make_recipe(settings, workload.stage)
-    planner = Planner(workload, hardware, request, recipe, facts.data, facts.validation, known)
+    planner = Planner(inputs, known)
     if known is not None:
         say("this was planned here before: what was measured then is held against what is free now")
     elif search:
@@ -254,11 +242,10 @@ def _estimate(resolved: Resolved, hardware: Hardware) -> tuple[Preprocessed, Pla
     settings = resolved.settings
     request = make_request(resolved, hardware.world_size, search=True)
     facts = _preprocess(settings, hardware, demo=False)
-    workload = make_workload(settings, facts, hardware)
-    recipe = make_recipe(settings, workload.stage)
-    rates = find_rates(hardware.device_name, workload.precision)
+    inputs = make_inputs(settings, facts, hardware, request)
+    rates = find_rates(hardware.device_name, inputs.workload.precision)
     say("tracing the step, to know what would fit")
-    return facts, estimate(workload, hardware, request, recipe, facts.data, facts.validation, rates, trace_sizes)
+    return facts, estimate(inputs, rates, trace_sizes)
 
 
 def _read_hardware(settings: Settings) -> Hardware:

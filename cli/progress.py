@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from cli.render import duration, err, gib, number, say
+from cli.render.console import err, say
+from cli.render.units import duration, gib, number
 
 Metrics = dict[str, Any]
 QUIET_SECONDS = 30.0

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from autotune.errands import DataSummary, Preprocessed
 from autotune.errors import ConfigurationError
 from autotune.hardware import imagine_hardware
-from autotune.levers import Scene, with_length, with_rows
+from autotune.inputs import PlanInputs
+from autotune.levers import with_length, with_rows
 from autotune.plan import Hardware
-from cli.wiring import make_recipe, make_request, make_workload
+from cli.wiring import make_inputs, make_recipe, make_request
 from profiles import FIELDS, Resolved, Settings, did_you_mean, resolve
 
 COMPARED = ("small", "fast", "standard")
@@ -47,22 +48,19 @@ def parse_lever(text: str) -> tuple[str, list[str]]:
     return name, match[2].split(",")
 
 
+@dataclass(frozen=True)
 class Stage:
     """Where scenes are set: what was asked, on which data and hardware."""
 
-    def __init__(
-        self,
-        given: Mapping[str, Any],
-        profile: str | None,
-        config: str | None,
-        hardware: Hardware,
-        facts: Preprocessed,
-        gpu: str | None,
-    ) -> None:
-        self._given, self._profile, self._config = given, profile, config
-        self._hardware, self._facts, self._gpu = hardware, facts, gpu
+    given: Mapping[str, Any]
+    profile: str | None
+    config: str | None
+    hardware: Hardware
+    facts: Preprocessed
+    gpu: str | None
+    """Name of the card, where it is not here."""
 
-    def levers(self, levers: Sequence[tuple[str, Sequence[str]]]) -> dict[str, Scene]:
+    def levers(self, levers: Sequence[tuple[str, Sequence[str]]]) -> dict[str, PlanInputs]:
         """Set a scene for what was asked, and one for each value of each lever."""
         scenes = {"as asked": self._scene(self._resolved({}), search=True)}
         for name, values in levers:
@@ -70,49 +68,45 @@ class Stage:
                 scenes[f"{name.replace('_', '-')} {value}"] = self._changed(name, value)
         return scenes
 
-    def profiles(self) -> dict[str, Scene]:
+    def profiles(self) -> dict[str, PlanInputs]:
         """Set a scene for each profile with its own batch, and one that searches."""
-        names = dict.fromkeys([*COMPARED, *([self._profile] if self._profile else [])])
+        names = dict.fromkeys([*COMPARED, *([self.profile] if self.profile else [])])
         as_asked = self._scene(self._resolved({}), search=True)
         scenes = {}
-        for (
-            name
-        ) in names:  # of a profile its batch and its epochs: model, data and lengths are those that were asked for
-            theirs = resolve(self._given, self._config, name)
-            request = make_request(theirs, self._hardware.world_size, search=False)
+        for name in names:  # its batch and its epochs: model, data and lengths are those that were asked for
+            theirs = resolve(self.given, self.config, name)
+            request = make_request(theirs, self.hardware.world_size, search=False)
             recipe = make_recipe(theirs.settings, as_asked.workload.stage)
             scenes[name] = as_asked._replace(request=request, recipe=recipe)
         return scenes | {"auto": as_asked}
 
     def _resolved(self, changes: Mapping[str, Any]) -> Resolved:
-        return resolve({**self._given, **changes}, self._config, self._profile)
+        return resolve({**self.given, **changes}, self.config, self.profile)
 
-    def _changed(self, name: str, value: str) -> Scene:
+    def _changed(self, name: str, value: str) -> PlanInputs:
         if name == "rows":
             scene = self._scene(self._resolved({}), search=True)
             if scene.data is None:
                 raise ConfigurationError("rows can be varied only where there are some", "give --data")
             return scene._replace(data=with_rows(scene.data, _whole(name, value)))
         if name == "gpus":
-            if self._gpu is None:
+            if self.gpu is None:
                 raise ConfigurationError("gpus can be varied only for a card that is named", "give --gpu CARD")
-            hardware = imagine_hardware(self._gpu, _whole(name, value), Path())
+            hardware = imagine_hardware(self.gpu, _whole(name, value), Path())
             return self._scene(self._resolved({}), search=True, hardware=hardware)
         number = _whole(name, value) if "int" in str(FIELDS[name].type) else value  # floats are read with the settings
         return self._scene(self._resolved({name: number}), search=True)
 
-    def _scene(self, resolved: Resolved, *, search: bool, hardware: Hardware | None = None) -> Scene:
-        settings, hardware = resolved.settings, hardware or self._hardware
+    def _scene(self, resolved: Resolved, *, search: bool, hardware: Hardware | None = None) -> PlanInputs:
+        settings, hardware = resolved.settings, hardware or self.hardware
         target = settings.max_target_len or settings.max_seq_len
-        facts = self._facts.model_copy(
+        facts = self.facts.model_copy(
             update={
-                "data": _cut(self._facts.data, settings.max_seq_len, target),
-                "validation": _cut(self._facts.validation, settings.max_seq_len, target),
+                "data": _cut(self.facts.data, settings.max_seq_len, target),
+                "validation": _cut(self.facts.validation, settings.max_seq_len, target),
             }
         )
-        workload = make_workload(settings, facts, hardware)
-        request = make_request(resolved, hardware.world_size, search=search)
-        return Scene(workload, hardware, request, make_recipe(settings, workload.stage), facts.data)
+        return make_inputs(settings, facts, hardware, make_request(resolved, hardware.world_size, search=search))
 
 
 def _cut(data: DataSummary | None, source: int, target: int) -> DataSummary | None:

@@ -12,6 +12,7 @@ from autotune.batching import balanced_cuts, largest_share
 from autotune.errands import DataSummary, ModelSummary, Preprocess, Preprocessed, Recipe
 from autotune.errors import ConfigurationError, MachineError, RunExistsError
 from autotune.forecast import PADDING_MULTIPLE
+from autotune.inputs import PlanInputs
 from autotune.plan import Batching, Hardware, Plan, Precision, Request, Workload
 from profiles import Resolved, Settings, parse_bytes, parse_headroom
 
@@ -91,6 +92,13 @@ def _worst_case(limit: int, facts: Preprocessed, side: int) -> int:
         return limit
     longest = max(data.longest(side) for data in sets)
     return min(limit, ceil(longest / PADDING_MULTIPLE) * PADDING_MULTIPLE)
+
+
+def make_inputs(settings: Settings, facts: Preprocessed, hardware: Hardware, request: Request) -> PlanInputs:
+    """Put together all that a plan is made from."""
+    workload = make_workload(settings, facts, hardware)
+    recipe = make_recipe(settings, workload.stage)
+    return PlanInputs(workload, hardware, request, recipe, facts.data, facts.validation)
 
 
 def make_request(resolved: Resolved, world_size: int, *, search: bool, offline: bool = False) -> Request:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from autotune.errands import Recipe
+from autotune.errands import ModelSummary, Preprocessed, Recipe
 from autotune.plan import (
     SCHEMA,
     Batching,
@@ -261,3 +261,22 @@ def plan(**changes: Any) -> Plan:
         ),
     }
     return Plan.model_validate(facts | changes)
+
+
+def preprocessed(**changes: Any) -> Preprocessed:
+    """A Llama of 26 M without data."""
+    model = ModelSummary(
+        task="causal",
+        family="llama",
+        parameters=26_000_000,
+        trainable_parameters=26_000_000,
+        vocabulary_size=6400,
+        attention="sdpa",
+        random_weights=True,
+        longest_input=None,
+    )
+    facts: dict[str, Any] = {
+        "model": model, "tokenizer_dir": None, "tokenizer_fingerprint": None, "ids": None, "data": None,
+        "validation": None,
+    }  # fmt: skip
+    return Preprocessed(**facts | changes)

@@ -12,6 +12,7 @@ from test_planner import CARD, GIB, MIB, Machine, data_of, plan_on
 from autotune.errands import TraceReport
 from autotune.errors import ConfigurationError, NothingFitsError
 from autotune.estimate import estimate
+from autotune.inputs import PlanInputs
 from autotune.plan import Hardware, Plan, Rates, Work
 
 
@@ -19,7 +20,7 @@ def estimated(machine: Machine, hardware: Hardware = CARD, **changes: Any) -> Pl
     data, rates = changes.pop("data", None), changes.pop("rates", None)
     request = facts.request(**{"effective_batch_size": 240, "checkpointing": "given"} | changes)
     work = tiny_models.workload("llama", cpu_allocator="tight")
-    return estimate(work, hardware, request, facts.recipe(epochs=2), data, None, rates, machine.trace)
+    return estimate(PlanInputs(work, hardware, request, facts.recipe(epochs=2), data, None), rates, machine.trace)
 
 
 def test_an_estimate_tries_nothing_and_says_what_the_trace_lets_fit() -> None:

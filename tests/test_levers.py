@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from test_estimate import RATES, Working, estimated
 from test_planner import CARD, GIB, MIB, data_of
 
-from autotune.levers import Scene, measured_rates, vary, with_length, with_rows
+from autotune.inputs import PlanInputs
+from autotune.levers import measured_rates, vary, with_length, with_rows
 
 
-def scene(**changes: Any) -> Scene:
+def scene(**changes: Any) -> PlanInputs:
     work = tiny_models.workload("llama", cpu_allocator="tight", **changes)
     request = facts.request(effective_batch_size=240, checkpointing="given")
-    return Scene(work, CARD, request, facts.recipe(epochs=2), data_of(2400))
+    return PlanInputs(work, CARD, request, facts.recipe(epochs=2), data_of(2400), None)
 
 
 def test_each_scene_is_the_estimate_of_its_own_and_all_are_traced_at_once() -> None:
@@ -30,7 +31,7 @@ def test_each_scene_is_the_estimate_of_its_own_and_all_are_traced_at_once() -> N
             return super().trace(workloads, *rest)
 
     machine = Counting(GIB, 240 * MIB)
-    long, short = vary({"32": scene(), "16": scene(max_seq_len=16)}, None, lambda _: RATES, machine.trace)
+    long, short = vary({"32": scene(), "16": scene(max_seq_len=16)}, lambda _: RATES, machine.trace)
     assert asked == [2]
     assert (long.change, short.change) == ("32", "16")
     assert long.plan is not None
@@ -40,7 +41,7 @@ def test_each_scene_is_the_estimate_of_its_own_and_all_are_traced_at_once() -> N
 
 
 def test_what_does_not_fit_is_a_row_that_says_so() -> None:
-    (row,) = vary({"too large": scene()}, None, lambda _: None, Working(GIB, 10 * GIB).trace)
+    (row,) = vary({"too large": scene()}, lambda _: None, Working(GIB, 10 * GIB).trace)
     assert row.plan is None
     assert "would take" in row.refusal
 

@@ -18,6 +18,7 @@ from facts import (
     hardware,
     out_of_memory,
     plan,
+    preprocessed,
     recipe,
     speed,
     timed,
@@ -37,9 +38,7 @@ from autotune.errands import (
     Dry,
     DryReport,
     Excerpt,
-    ModelSummary,
     Preprocess,
-    Preprocessed,
     Recipe,
     TokenIds,
     Trace,
@@ -344,23 +343,7 @@ ERRANDS = [
     ),
 ]
 ANSWERS = [
-    Preprocessed(
-        model=ModelSummary(
-            task="causal",
-            family="llama",
-            parameters=26_000_000,
-            trainable_parameters=26_000_000,
-            vocabulary_size=6400,
-            attention="sdpa",
-            random_weights=True,
-            longest_input=None,
-        ),
-        tokenizer_dir="/cache/tokenizer",
-        tokenizer_fingerprint="5f0c",
-        ids=IDS,
-        data=DATA,
-        validation=None,
-    ),
+    preprocessed(tokenizer_dir="/cache/tokenizer", tokenizer_fingerprint="5f0c", ids=IDS, data=DATA),
     TraceReport(process_bytes=MIB, traced=(traced(1, {"forward_backward": GIB}),)),
     DryReport(
         peak_bytes=GIB,

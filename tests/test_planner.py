@@ -16,6 +16,7 @@ from autotune.batching import balanced_cuts, useful_sizes
 from autotune.errands import DRY_LENGTHS, EXPLORING_LENGTHS, DataSummary, Dry, TraceReport
 from autotune.errors import NothingFitsError
 from autotune.evidence import Evidence
+from autotune.inputs import PlanInputs
 from autotune.measure import TIME_LIMIT_SECONDS
 from autotune.plan import Hardware, Plan, Request, Timed, Timing, Trial, Workload
 from autotune.planner import Planner
@@ -121,17 +122,8 @@ def planner_on(machine: Machine, hardware: Hardware = CARD, **changes: Any) -> P
     values |= changes
     data, validation, work = values.pop("data"), values.pop("validation", None), values.pop("work")
     known = values.pop("known", None)
-    return Planner(
-        work,
-        hardware,
-        Request(**values),
-        facts.recipe(epochs=2),
-        data,
-        validation,
-        known,
-        machine.measure,
-        machine.trace,
-    )
+    inputs = PlanInputs(work, hardware, Request(**values), facts.recipe(epochs=2), data, validation)
+    return Planner(inputs, known, machine.measure, machine.trace)
 
 
 def data_of(samples: int) -> DataSummary:

@@ -10,6 +10,7 @@ import facts
 import pytest
 
 from autotune.evidence import Evidence
+from autotune.inputs import PlanInputs
 from autotune.plan import Batching
 from autotune.planner import Planner
 
@@ -24,16 +25,9 @@ def nothing_is_run(*_: object) -> NoReturn:
 def test_what_a_machine_measured_gives_the_same_plan_anywhere(file: Path) -> None:
     recording = json.loads(file.read_text(encoding="utf-8"))
     evidence = Evidence.model_validate(recording["evidence"])
-    planner = Planner(
-        evidence.explored[0].workload,
-        evidence.hardware,
-        evidence.request.model_copy(update={"offline": True}),
-        facts.recipe(),
-        None,
-        known=evidence,
-        measure=nothing_is_run,
-        trace=nothing_is_run,
-    )
+    request = evidence.request.model_copy(update={"offline": True})
+    inputs = PlanInputs(evidence.explored[0].workload, evidence.hardware, request, facts.recipe(), None, None)
+    planner = Planner(inputs, evidence, nothing_is_run, nothing_is_run)
     assert list(planner.make()) == []
     assert planner.plan is not None
     assert planner.plan.batching == Batching.model_validate(recording["batching"])

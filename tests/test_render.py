@@ -7,30 +7,15 @@ import re
 import facts
 import pytest
 
-from autotune.errands import ModelSummary, Preprocessed
 from autotune.levers import Varied
 from autotune.plan import Alternative, CardProcess
-from cli.render import others_line, print_plan, print_varied
+from cli.render.plan import others_line, print_plan
+from cli.render.whatif import print_varied
 
 GIB = 2**30
 OLLAMA = CardProcess(process_id=77, name="ollama", bytes=round(2.9 * GIB))
 XORG = CardProcess(process_id=78, name="Xorg", bytes=round(0.3 * GIB))
 NAMELESS = CardProcess(process_id=79, name="", bytes=None)
-
-
-MODEL = ModelSummary(
-    task="causal",
-    family="llama",
-    parameters=26_000_000,
-    trainable_parameters=26_000_000,
-    vocabulary_size=6400,
-    attention="sdpa",
-    random_weights=True,
-    longest_input=None,
-)
-PREPARED = Preprocessed(
-    model=MODEL, tokenizer_dir=None, tokenizer_fingerprint=None, ids=None, data=None, validation=None
-)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +36,7 @@ def test_a_plan_names_the_others_on_the_card_where_there_are_any(
     others: tuple[CardProcess, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = facts.plan(workload=facts.workload(cpu_allocator="tight"), hardware=facts.hardware(others=others))
-    print_plan(plan, PREPARED, None, "chatlm train")
+    print_plan(plan, facts.preprocessed(), None, "chatlm train")
     assert ("taken by others" in capsys.readouterr().out) is bool(others)
 
 
@@ -84,7 +69,9 @@ def test_a_plan_says_what_it_rests_on_and_marks_what_was_not_measured(
         peak_bytes=4 * GIB, seconds_per_step=None, measured=False,
     )  # fmt: skip
     evidence = made.evidence.model_copy(update={"kind": kind})
-    print_plan(made.model_copy(update={"alternatives": (other,), "evidence": evidence}), PREPARED, None, "train")
+    print_plan(
+        made.model_copy(update={"alternatives": (other,), "evidence": evidence}), facts.preprocessed(), None, "train"
+    )
     out = capsys.readouterr().out
     assert "21.00 GiB ~" in out
     assert "5.00 GiB ~" not in out

@@ -14,6 +14,7 @@ from test_planner import PROCESSOR
 from autotune.cards import find_rates
 from autotune.errands import Dry, Trace, TraceReport
 from autotune.estimate import estimate
+from autotune.inputs import PlanInputs
 from autotune.measure import trace_sizes, try_size
 from autotune.plan import Hardware, Plan, Rates, Traced, Workload
 from trainer.memory import PeakMeter
@@ -131,7 +132,7 @@ def estimate_of(work: Workload, rows: int, rates: Rates | None = None) -> Plan:
     def here(works: Sequence[Workload], _: Hardware, sizes: tuple[int, ...]) -> list[TraceReport]:
         return list(trace(Trace(workloads=tuple(works), micro_batch_sizes=sizes[-1:])))
 
-    return estimate(work, card, request, facts.recipe(), None, None, rates, here)
+    return estimate(PlanInputs(work, card, request, facts.recipe(), None, None), rates, here)
 
 
 def peak_of(work: Workload, rows: int) -> int:

@@ -9,9 +9,8 @@ from typing import Any
 import facts
 import pytest
 
-from autotune.errands import ModelSummary
 from autotune.errors import ConfigurationError, MachineError, RunExistsError
-from autotune.planner import Request
+from autotune.plan import Request
 from cli.wiring import make_folder, make_request, run_folder, settings_of_plan, write_run
 from profiles import resolve
 
@@ -123,10 +122,7 @@ def test_a_folder_with_a_run_is_refused_and_one_that_cannot_be_made_too(tmp_path
     with pytest.raises(RunExistsError) as error:
         run_folder(taken)
     assert error.value.exit_code == 5
-    model = ModelSummary(
-        task="causal", family="llama", parameters=10**6, trainable_parameters=10**6, vocabulary_size=1,
-        attention="sdpa", random_weights=True, longest_input=None,
-    )  # fmt: skip
+    model = facts.preprocessed().model.model_copy(update={"parameters": 10**6})
     with pytest.raises(MachineError, match=r"Not a directory|File exists"):
         make_folder(tmp_path / "metrics.jsonl" / "run", model, facts.hardware())
     with pytest.raises(MachineError, match="has 5 MiB free, saving the model takes 24 MiB"):

@@ -1,98 +1,24 @@
-"""Facts -> what people read. The result goes to stdout, all else to stderr; no colour is needed to understand it."""
+"""A plan as people read it: what would run, why it is not larger, and the command that runs it."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from autotune.errands import DataSummary, Preprocessed
 from autotune.estimate import ERROR
-from autotune.forecast import rows_per_second
-from autotune.levers import Varied
-from autotune.plan import Alternative, Batching, CardProcess, Device, Memory, Plan, Trial
+from autotune.plan import Alternative, Batching, CardProcess, Memory, Plan
+from cli.render.console import out
+from cli.render.explain import trials_in_force
+from cli.render.units import count, duration, gib, predicted
 from cli.wiring import balanced_note, percentile
-from profiles import Resolved
 
-GIB = 2**30
 MIB = 2**20
 OTHERS_NAMED = 5
 """A desktop of Windows has dozens of small ones on its card."""
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def say(text: str) -> None:
-    """Tell on stderr what is being done."""
-    err.print(escape(text))
-
-
-def warn(text: str) -> None:
-    """Tell on stderr what the user should know."""
-    err.print(f"[bold yellow]warning:[/] {escape(text)}")
-
-
-def fail(message: str, hint: str) -> None:
-    """Tell on stderr what went wrong, and what to do."""
-    err.print(f"[bold red]error:[/] {escape(message)}")
-    if hint:
-        err.print(f"[bold]hint:[/] {escape(hint)}")
-
-
-def print_json(text: str) -> None:
-    """Give the result as data, untouched by any rendering."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
-def gib(size: int | None) -> str:
-    """Render bytes as GiB."""
-    return "-" if size is None else f"{size / GIB:.2f} GiB"
-
-
-def number(value: float | None, how: str) -> str:
-    """Render a number that need not be one: a loss may overflow."""
-    return "not finite" if value is None else format(value, how)
-
-
-def count(number: int, noun: str) -> str:
-    """Render a number of things: 1 row, 3,000 rows."""
-    return f"{number:,} {noun}" + "s" * (number != 1)
-
-
-def duration(seconds: float) -> str:
-    """Render a time as people say it: 42 s, 3 min, 2 h 10 min, 4 d 3 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
-def short_duration(seconds: float) -> str:
-    """Render a time in six characters: 42 s, 3.5 m, 2.2 h, 4.1 d."""
-    for unit, name, until in ((1, "s", 90), (60, "m", 5400), (3600, "h", 172_800)):
-        if seconds < until:
-            return f"{seconds:.0f} s" if unit == 1 else f"{seconds / unit:.1f} {name}"
-    return f"{seconds / 86_400:.1f} d"
-
-
-def trial_line(trial: Trial, device: Device) -> str:
-    """Say in a line what a dry trial came to."""
-    settings = [f"malloc {trial.cpu_allocator}"] * (device == "cpu")
-    settings += ["gradient checkpointing"] * (trial.gradient_checkpointing == "on")
-    rows = count(trial.micro_batch_size, "row") + (f" ({', '.join(settings)})" if settings else "")
-    if trial.completed:
-        return f"dry steps of {rows}: peak {gib(trial.peak_bytes)}, {trial.seconds:.1f} s in all"
-    return f"dry steps of {rows}: {trial.outcome.replace('_', ' ')} ({trial.message}), {trial.seconds:.1f} s in all"
 
 
 def print_plan(plan: Plan, facts: Preprocessed, profile: str | None, command: str) -> None:
@@ -245,7 +171,7 @@ def _next_size_up(plan: Plan) -> str:
     safe, budget = plan.batching.largest_safe_micro_batch_size, plan.memory.budget_bytes
     above = min((row for row in plan.sizes if row.micro_batch_size > safe), key=attrgetter("micro_batch_size"))
     rows = f"{above.micro_batch_size}, the next that would save a micro-batch,"
-    failed = [t for t in _in_force(plan) if t.micro_batch_size > safe and not t.completed]
+    failed = [t for t in trials_in_force(plan) if t.micro_batch_size > safe and not t.completed]
     if failed:
         first = min(failed, key=attrgetter("micro_batch_size"))
         how = "took too long" if first.outcome == "timed_out" else "did not fit"
@@ -255,27 +181,6 @@ def _next_size_up(plan: Plan) -> str:
     if above.peak_bytes > budget:
         return f"{rows} would take {gib(above.peak_bytes)}"
     return f"{rows} would gain too little for another trial, or come too near the budget"
-
-
-def print_account(memory: Memory) -> None:
-    """List what the peak is made of, and the peak of each phase, the one that binds marked."""
-    peak = memory.measured_peak_bytes or memory.predicted_peak_bytes or 0
-    items = Table(title="What the peak is made of", title_justify="left", title_style="bold")
-    phases = Table(title="Peak of each phase", title_justify="left", title_style="bold")
-    for table, rows in ((items, memory.items), (phases, memory.phases)):
-        for name, justify in (("", "left"), ("bytes", "right"), ("GiB", "right"), ("of peak", "right")):
-            table.add_column(name, justify="left" if justify == "left" else "right")
-        binding = max(rows.values(), default=0) if table is phases else None
-        for name, size in rows.items():
-            mark = " <- binds" if size == binding else ""
-            table.add_row(name.replace("_", " ") + mark, f"{size:,}", f"{size / GIB:.2f}", f"{size / peak:.0%}")
-    out.print(items)
-    out.print(phases)
-
-
-def _in_force(plan: Plan) -> list[Trial]:
-    """Return the trials that the choice rests on: those under the allocator's setting that was chosen."""
-    return [t for t in plan.evidence.trials if t.cpu_allocator == plan.workload.cpu_allocator]
 
 
 def _sizes_table(plan: Plan) -> Table:
@@ -301,11 +206,6 @@ def _sizes_table(plan: Plan) -> Table:
     return table
 
 
-def predicted(*, measured: bool) -> str:
-    """Mark what was not measured."""
-    return "" if measured else " ~"
-
-
 def _alternatives_table(alternatives: Sequence[Alternative]) -> Table:
     table = Table(title="What it was weighed against", title_justify="left", title_style="bold")
     for name in ("", "largest", "accumulation", "peak", "a step takes"):
@@ -322,100 +222,3 @@ def _alternatives_table(alternatives: Sequence[Alternative]) -> Table:
             f"{seconds:.2f} s{mark}" if seconds else "no less" if timed else "-",
         )
     return table
-
-
-def print_varied(rows: Sequence[Varied], title: str, *, recommend: bool) -> None:
-    """Put plans side by side, one a row, and say which goes through the data in the least time."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
-    )
-    table.add_column("", overflow="fold", max_width=18)
-    for name in ("batch", "GiB", "budget", "host", "steps", "epoch", "in all"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        mark = "" if _is_measured(row) else "~ "
-        table.add_row(mark + escape(row.change), *(_varied_cells(row.plan) if row.plan else ["does not fit"]))
-    out.print(table)
-    for row in rows:
-        if row.plan is None:
-            out.print(f"{escape(row.change)}: {escape(row.refusal)}")
-    out.print(
-        "~ estimated by the trace" + "; times at the rates that were measured here" * any(map(_is_measured, rows))
-    )
-    forecasts = [(row.plan.forecast.seconds_per_epoch, row.change) for row in rows if row.plan and row.plan.forecast]
-    if recommend and len(forecasts) > 1:
-        (least, fastest), (most, slowest) = min(forecasts), max(forecasts)
-        out.print(f"The least time for an epoch: {escape(fastest)}, {most / least:.1f} times as fast as {slowest}")
-
-
-def _is_measured(row: Varied) -> bool:
-    return row.plan is not None and row.plan.memory.measured_peak_bytes is not None
-
-
-def _varied_cells(plan: Plan) -> list[str]:
-    memory, batching, cast = plan.memory, plan.batching, plan.forecast
-    peak = memory.measured_peak_bytes or memory.predicted_peak_bytes or 0
-    return [
-        f"{batching.micro_batch_size} x {batching.gradient_accumulation_steps}"
-        + f" x {batching.world_size}" * (batching.world_size > 1)
-        + f" = {batching.effective_batch_size}",
-        f"{peak / GIB:.2f}",
-        f"{peak / memory.budget_bytes:.0%}",
-        f"{memory.host_peak_bytes / GIB:.2f}",
-        f"{cast.total_steps:,}" if cast else "-",
-        short_duration(cast.seconds_per_epoch) if cast else "-",
-        short_duration(cast.total_seconds) if cast else "-",
-    ]
-
-
-def print_trials(plan: Plan) -> None:
-    """List what was tried."""
-    if plan.evidence.trials:
-        out.print(_trials_table(plan))
-
-
-def _trials_table(plan: Plan) -> Table:
-    table = Table(title="What was measured", title_justify="left", title_style="bold")
-    for name in ("rows", "dry steps", "outcome", "peak", "of budget", "predicted", "rows/s"):
-        table.add_column(name, justify="left" if name == "outcome" else "right")
-    for trial in sorted(_in_force(plan), key=attrgetter("micro_batch_size")):
-        share = f"{trial.peak_bytes / plan.memory.budget_bytes:.0%}" if trial.peak_bytes else "-"
-        mark = " <- chosen" if trial.micro_batch_size == plan.batching.micro_batch_size else ""
-        speed = rows_per_second(trial)
-        table.add_row(
-            str(trial.micro_batch_size),
-            str(len(trial.timings)),
-            trial.outcome.replace("_", " ") + mark,
-            gib(trial.peak_bytes),
-            share,
-            gib(trial.predicted_peak_bytes),
-            f"{speed:.1f}" if speed else "-",
-        )
-    return table
-
-
-def print_profiles(profiles: Mapping[str, Mapping[str, Any]]) -> None:
-    """List profiles with what they set."""
-    table = Table()
-    for name in ("profile", "per GPU", "effective", "epochs", "other values", "for"):
-        table.add_column(name, overflow="fold")
-    shown = ("batch_size_per_gpu", "effective_batch_size", "epochs")
-    for name, values in profiles.items():
-        other = ", ".join(
-            f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}"
-            for k, v in values.items()
-            if k not in (*shown, "about")
-        )
-        table.add_row(name, *(str(values.get(key, "-")) for key in shown), other, str(values.get("about", "")))
-    out.print(table)
-
-
-def print_config(resolved: Resolved) -> None:
-    """List every value and where it came from."""
-    table = Table()
-    for name in ("setting", "value", "from"):
-        table.add_column(name, overflow="fold")
-    for name, value in vars(resolved.settings).items():
-        shown = "-" if value in (None, ()) else " ".join(value) if isinstance(value, tuple) else str(value)
-        table.add_row(name, escape(shown), escape(resolved.origins[name]))
-    out.print(table)

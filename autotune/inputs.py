@@ -1,0 +1,47 @@
+"""All that a plan is made from, and the batch that follows from it alone. Pure."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from autotune.account import Budget, set_budget
+from autotune.batching import largest_share, reach, useful_sizes
+from autotune.errands import DataSummary, Recipe
+from autotune.plan import Batching, Hardware, LimitedBy, Request, Workload
+
+
+class PlanInputs(NamedTuple):
+    """A workload on hardware, and what the user wishes of it."""
+
+    workload: Workload
+    hardware: Hardware
+    request: Request
+    recipe: Recipe
+    data: DataSummary | None
+    validation: DataSummary | None
+
+    @property
+    def budget(self) -> Budget:
+        """What may be used of the device; raises NothingFitsError where nothing may."""
+        return set_budget(self.hardware, self.request.memory_limit_bytes, self.request.headroom)
+
+    @property
+    def samples(self) -> int:
+        """Of an optimizer step: the effective batch, or all that there are."""
+        wanted = self.request.effective_batch_size
+        return min(wanted, self.data.samples) if self.data else wanted
+
+    @property
+    def sizes(self) -> list[int]:
+        """Micro-batches worth trying, rising; the last one is a rank's whole share."""
+        return useful_sizes(largest_share(self.samples, self.hardware.world_size))
+
+    def limited_by(self, rows: int) -> LimitedBy:
+        """Say what keeps a size that nobody gave from being larger."""
+        if rows < self.sizes[-1]:
+            return "memory"
+        return "effective_batch" if self.samples == self.request.effective_batch_size else "data"
+
+    def reach(self, rows: int, largest: int, limited_by: LimitedBy) -> Batching:
+        """Reach the step exactly in micro-batches of so many rows."""
+        return reach(self.samples, self.hardware.world_size, rows, largest, limited_by)

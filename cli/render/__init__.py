@@ -1,0 +1,1 @@
+"""Facts -> what people read."""
