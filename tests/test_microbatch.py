@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import build, workload
 
+from autotune.batching import balanced_cuts
 from autotune.plan import Task, Workload
 from trainer.data import TokenStore, write_store
 from trainer.encode import Sample
@@ -131,21 +133,21 @@ def test_rows_are_the_samples_padded_to_eight_but_not_over_the_limit(
 
 @settings(deadline=None)
 @given(batches("causal") | batches("seq2seq"), st.integers(1, 7), st.randoms())
-def test_a_step_is_each_sample_once_in_order_in_balanced_micro_batches(
+def test_a_step_is_each_sample_once_in_balanced_micro_batches_the_largest_first(
     given: tuple[list[Sample], Workload], rows: int, random: Any
 ) -> None:
     samples, work = given
     memory, ids = Memory(samples), random.sample(range(len(samples)), len(samples))
-    step = list(lay_out(ids, rows, memory, work, SPECIAL))
+    step = lay_out(ids, rows, memory, work, SPECIAL)
     sizes = [batch.inputs["input_ids"].shape[0] for batch in step]
     assert sum(sizes) == len(ids)
     assert len(sizes) == -(-len(ids) // rows)
     assert max(sizes) <= rows
     assert max(sizes) - min(sizes) <= 1
-    start = 0
-    for size, batch in zip(sizes, step, strict=True):
-        same(batch, collate(ids[start : start + size], memory, work, SPECIAL))
-        start += size
+    starts = [sum(balanced_cuts(len(ids), rows)[:i]) for i in range(len(sizes) + 1)]
+    cuts = [collate(ids[a:b], memory, work, SPECIAL) for a, b in pairwise(starts)]
+    for batch, cut in zip(step, sorted(cuts, key=lambda cut: -cut.padded_tokens), strict=True):
+        same(batch, cut)
     assert target_count(ids, memory) == sum(int((batch.targets != IGNORED).sum()) for batch in step)
     assert sum(batch.tokens for batch in step) == sum(len(sample.tokens) for sample in samples)
 
@@ -159,7 +161,7 @@ def same(one: MicroBatch, other: MicroBatch) -> None:
 
 
 def test_no_samples_are_no_micro_batches() -> None:
-    assert list(lay_out([], 4, Memory([]), workload("llama"), SPECIAL)) == []
+    assert lay_out([], 4, Memory([]), workload("llama"), SPECIAL) == []
     assert target_count([], Memory([])) == 0
 
 

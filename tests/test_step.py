@@ -27,7 +27,7 @@ def gradient_of(state: TrainState) -> dict[str, Tensor]:
 
 
 def cut(family: str, samples: UnevenSamples, ids: range, rows: int, dtype: torch.dtype) -> list[MicroBatch]:
-    return list(lay_out(ids, rows, samples, workload(family), SpecialTokens(0, 0), dtype))
+    return lay_out(ids, rows, samples, workload(family), SpecialTokens(0, 0), dtype)
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -156,7 +156,7 @@ def test_a_step_without_a_single_target_is_no_nan() -> None:
             return torch.empty(0, 2, dtype=torch.int32).numpy()
 
     state = new_state("llama")
-    batches = list(lay_out(range(2), 2, Nothing(), workload("llama"), SpecialTokens(0, 0)))
+    batches = lay_out(range(2), 2, Nothing(), workload("llama"), SpecialTokens(0, 0))
     loss, norm = train_step(state, batches, target_count(range(2), Nothing()), "fp32", 1e-3, 1.0)
     assert loss.item() == 0
     assert norm.item() == 0

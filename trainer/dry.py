@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ from autotune.errands import DRY_LENGTHS, DRY_MICRO_BATCHES, EXPLORING_LENGTHS, 
 from autotune.plan import Timed, Timing
 from trainer.data import TokenStore, order
 from trainer.evaluate import total_loss
-from trainer.memory import PeakMeter
+from trainer.memory import PeakMeter, prepare_heap, trim_heap
 from trainer.microbatch import SpecialTokens, WorstCase, collate, lay_out, target_count
 from trainer.model import build_for
 from trainer.step import TrainState, accumulate, start, update
@@ -58,6 +56,7 @@ def take_dry_steps(errand: Dry) -> DryReport:
         targets = DRY_MICRO_BATCHES * target_count(ids, samples)
         # The step that `train_step` takes, its two phases apart; reading a result waits for the device.
         with account.phase("forward_backward"):
+            prepare_heap(workload.cpu_allocator)
             accumulate(state, [batch] * DRY_MICRO_BATCHES, targets, workload.precision).item()
         with account.phase("optimizer"):
             update(state, workload.precision, LEARNING_RATE, CLIP).item()
@@ -110,7 +109,8 @@ def _time(state: TrainState, errand: Dry) -> tuple[Timed, ...]:
 def _run(state: TrainState, errand: Dry, ids: Any, rows: int, store: TokenStore) -> tuple[int, float]:
     """Run forward and backward of some samples; return the tokens that they were padded to, and the seconds."""
     began = time.perf_counter()
-    batches = list(lay_out(ids, rows, store, errand.workload, SpecialTokens(0, 0)))
+    prepare_heap(errand.workload.cpu_allocator)
+    batches = lay_out(ids, rows, store, errand.workload, SpecialTokens(0, 0))
     accumulate(state, batches, target_count(ids, store), errand.workload.precision).item()
     return sum(batch.padded_tokens for batch in batches), time.perf_counter() - began
 
@@ -139,8 +139,7 @@ def _give_back(meter: PeakMeter) -> None:
     """Give back what allocators keep of the worst case, and start a new peak."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+    trim_heap()
     meter.reset()
 
 

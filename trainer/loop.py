@@ -16,7 +16,7 @@ from autotune.errands import Recipe, Train
 from autotune.plan import Plan, Workload
 from trainer.data import TokenStore, order
 from trainer.evaluate import perplexity, total_loss
-from trainer.memory import PeakMeter
+from trainer.memory import PeakMeter, prepare_heap
 from trainer.microbatch import SpecialTokens, lay_out, target_count
 from trainer.model import build_for, save_model
 from trainer.step import TrainState, start, train_step
@@ -127,9 +127,10 @@ def _one_step(
     plan, recipe = errand.plan, errand.recipe
     share = ids[: share_of(len(ids), plan.batching.world_size, 0)]
     special = special_tokens(state.model, errand)
-    batches = list(lay_out(share, plan.batching.micro_batch_size, store, plan.workload, special))
+    batches = lay_out(share, plan.batching.micro_batch_size, store, plan.workload, special)
     targets = target_count(ids, store)
     rate = learning_rate_at(state.step, total_steps, recipe)
+    prepare_heap(plan.workload.cpu_allocator)
     meter.reset()
     loss, norm = train_step(state, batches, targets, plan.workload.precision, rate, recipe.clip)
     state.step += 1
@@ -166,6 +167,7 @@ def _validate(errand: Train, state: TrainState, store: TokenStore, meter: PeakMe
     ids = range(len(store))
     special = special_tokens(state.model, errand)
     batches = _in_order(ids, plan.batching.micro_batch_size, store, plan.workload, special)
+    prepare_heap(plan.workload.cpu_allocator)
     meter.reset()
     total = total_loss(state.model, batches, plan.workload.precision, state.loss_scale.device).item()
     loss = total / max(1, target_count(ids, store))

@@ -7,7 +7,7 @@ right. An encoder does, and gets one that is ready to be added to the scores, so
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Protocol
@@ -78,12 +78,16 @@ def lay_out(
     workload: Workload,
     special: SpecialTokens,
     dtype: torch.dtype = torch.float32,
-) -> Iterator[MicroBatch]:
-    """Cut the samples of a step, in their order, into balanced micro-batches of at most `rows` rows."""
-    start = 0
+) -> list[MicroBatch]:
+    """Cut the samples of a step, in their order, into balanced micro-batches of at most `rows` rows; largest first.
+
+    An allocator cuts what it keeps of a large tensor for small ones, but has to find new memory the other way round.
+    """
+    batches, start = [], 0
     for size in balanced_cuts(len(ids), rows):
-        yield collate(ids[start : start + size], samples, workload, special, dtype)
+        batches.append(collate(ids[start : start + size], samples, workload, special, dtype))
         start += size
+    return sorted(batches, key=lambda batch: batch.padded_tokens, reverse=True)
 
 
 def collate(
