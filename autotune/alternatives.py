@@ -16,6 +16,8 @@ GIB = 2**30
 KEPT = {"cuda": ALLOCATOR_SHARE, "cpu": DRIFT["cpu"]}
 """By which a process holds more than its tensors and what it began with."""
 SHORTEST_SEQUENCE = 64
+ENCODER = ("embedding", "encoder")
+"""What is frozen when a T5 is fine-tuned as ChatLM-mini-Chinese's was: half of its weights."""
 CHECKPOINTING = "--gradient-checkpointing on"
 
 
@@ -34,6 +36,9 @@ def milder(workload: Workload, hardware: Hardware) -> list[tuple[str, Workload]]
         if workload.task == "seq2seq":
             options += f" --max-target-len {target}"
         changes.append((options, _with(workload, max_seq_len=source, max_target_len=target)))
+    if workload.task == "seq2seq" and not workload.frozen:
+        options = f"{CHECKPOINTING} --freeze {','.join(ENCODER)}"
+        changes.append((options, _with(workload, frozen=ENCODER)))
     return changes
 
 

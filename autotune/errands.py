@@ -79,6 +79,8 @@ class Preprocess(Fact):
     model: str
     tokenizer: str | None
     dropout: float | None
+    freeze: tuple[str, ...]
+    """As in `Workload.frozen`."""
     data: tuple[str, ...] | None
     """Files or folders; an empty tuple is the demo data, None no data."""
     validation: tuple[str, ...]

@@ -46,7 +46,7 @@ from autotune.search import is_safe
 from trainer.data import order, write_store
 from trainer.encode import Sample
 from trainer.microbatch import WorstCase
-from trainer.model import load_config
+from trainer.model import freeze, load_config
 
 RESULTS = Path(__file__).parent / "results"
 VOCABULARY, SHARE, STEPS = 4096, 240, 30
@@ -70,6 +70,7 @@ class Case:
     max_target_len: int = 0
     precision: str = "bf16"
     checkpointing: str = "off"
+    frozen: tuple[str, ...] = ()
     preset: str = ""
     """Name of the preset that is built."""
 
@@ -133,6 +134,9 @@ CASES = [
     Case("gemma3-256", lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**_decoder(128, 4))), 256),
     Case("t5-128-128", t5(t.T5ForConditionalGeneration, t.T5Config, 128, 2), 128, 128),
     Case("t5-256-64-checkpointed", t5(t.T5ForConditionalGeneration, t.T5Config, 128, 2), 256, 64, checkpointing="on"),
+    Case("t5-128-128-frozen", t5(t.T5ForConditionalGeneration, t.T5Config, 128, 2), 128, 128,
+         frozen=("embedding", "encoder")),
+    Case("llama-256-frozen", llama(128, 4), 256, frozen=("embedding", "*layers.0.*", "*layers.1.*")),
     Case("mt5-128-128", t5(t.MT5ForConditionalGeneration, t.MT5Config, 128, 2), 128, 128),
     Case("bart-128-128", lambda: t.BartForConditionalGeneration(t.BartConfig(
         vocab_size=VOCABULARY, d_model=128, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
@@ -167,17 +171,21 @@ def save_model(case: Case, folder: Path) -> Workload:
     """Save a model of this shape, and say how it is trained."""
     model = case.build()
     model.save_pretrained(folder)
-    return workload(case, str(folder), model.config, sum(p.numel() for p in model.parameters()))
+    return workload(case, str(folder), model)
 
 
-def workload(case: Case, model: str, config: Any, parameters: int) -> Workload:
+def workload(case: Case, name: str, model: Any) -> Workload:
+    freeze(model, case.frozen)
+    parameters, config = list(model.parameters()), model.config
     attention = config._attn_implementation or "sdpa"
     return Workload.model_validate(
         {
-            "model": model, "task": "seq2seq" if case.max_target_len else "causal", "stage": "sft",
-            "parameters": parameters, "trainable_parameters": parameters, "vocabulary_size": config.vocab_size,
+            "model": name, "task": "seq2seq" if case.max_target_len else "causal", "stage": "sft",
+            "parameters": sum(p.numel() for p in parameters),
+            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "vocabulary_size": config.vocab_size,
             "max_seq_len": case.max_seq_len, "max_target_len": case.max_target_len, "precision": case.precision,
-            "optimizer": "adamw", "gradient_checkpointing": case.checkpointing, "frozen": (), "dropout": None,
+            "optimizer": "adamw", "gradient_checkpointing": case.checkpointing, "frozen": case.frozen, "dropout": None,
             "layout": "fixed", "loss_head": "full", "attention": attention, "compile": "off",
             "cpu_allocator": "tight", "tokenizer_fingerprint": None, "data_fingerprint": None,
         }
@@ -201,12 +209,12 @@ class Traced:
 def trace_preset(case: Case, hardware: Hardware) -> Traced:
     with torch.device("meta"):
         model = case.build()
-    parameters = sum(p.numel() for p in model.parameters())
+    work = workload(case, case.preset, model)
     began = time.perf_counter()
-    (report,) = trace_sizes([workload(case, case.preset, model.config, parameters)], hardware, TRACED_ROWS)
+    (report,) = trace_sizes([work], hardware, TRACED_ROWS)
     return Traced(
         preset=case.preset,
-        parameters=parameters,
+        parameters=work.parameters,
         lengths=(case.max_seq_len, case.max_target_len),
         checkpointing=case.checkpointing,
         peak_bytes={traced.micro_batch_size: max(traced.phases.values()) for traced in report.traced},

@@ -358,7 +358,12 @@ def _summarise(progress: RunProgress) -> None:
 
 def _against(row: dict[str, Any]) -> str:
     """Say in a line how true the plan was."""
-    peak = f"worst case {gib(row['planned_peak_bytes'])}, real peak {gib(row['real_peak_bytes'])}"
-    if row["planned_seconds"] is None:
-        return f"plan against real: {peak}"
-    return f"plan against real: {peak}; {duration(row['planned_seconds'])}, really {duration(row['real_seconds'])}"
+    expected = row["expected_peak_bytes"]
+    said = f"plan against real: worst case {gib(row['planned_peak_bytes'])}"
+    said += f", expected {gib(expected)}" * (expected is not None) + f", real peak {gib(row['real_peak_bytes'])}"
+    if row["planned_seconds"] is not None:
+        said += (
+            f"; {duration(row['planned_seconds'])} ({row['planned_tokens_per_second']:,.0f} tokens/s), "
+            f"really {duration(row['real_seconds'])} ({row['real_tokens_per_second']:,.0f})"
+        )
+    return said

@@ -36,6 +36,12 @@ class Settings:
         "DIR",
     )
     dropout: float | None = _setting(None, "Model", "Dropout in place of the model's own.")
+    freeze: tuple[str, ...] = _setting(
+        (),
+        "Model",
+        "What is not trained: embedding, encoder, decoder, or a pattern of parameter names; with commas, or repeated.",
+        "PART,PART",
+    )
     data: tuple[str, ...] = _setting(
         (), "Data", "Parquet or jsonl file, or folder of such; may be repeated.", "FILE|DIR"
     )
@@ -121,6 +127,8 @@ def resolve(given: Mapping[str, Any], config: str | None = None, profile: str | 
     for origin, layer in layers:
         for name, value in layer.items():
             values[name] = tuple(value) if isinstance(value, list) else value
+            if name == "freeze":
+                values[name] = _parts(value)
             origins[name] = origin
     return Resolved(_validated(values, origins), origins)
 
@@ -145,6 +153,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     known = list(known)
     near = get_close_matches(word, known, n=1)
     return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+
+
+def _parts(value: Any) -> Any:
+    """Split at commas, so that `a,b` is `a` and `b`, in one order: a plan's workload holds them."""
+    words = [value] if isinstance(value, str) else value
+    if not all(isinstance(word, str) for word in words):
+        return value
+    return tuple(sorted({part.strip() for word in words for part in word.split(",") if part.strip()}))
 
 
 def parse_bytes(text: str) -> int:

@@ -62,7 +62,9 @@ def test_each_change_is_made_by_options_that_exist_and_that_make_the_workload_it
     for options, changed in milder(work, hardware()):
         typed = {name.replace("-", "_"): value for name, value in re.findall(r"--(\S+) (\S+)", options)}
         assert typed.keys() <= FIELDS.keys()
-        values = {name: int(value) if value.isdigit() else value for name, value in typed.items()}
+        values: dict[str, Any] = {n: int(value) if value.isdigit() else value for n, value in typed.items()}
+        if "freeze" in values:
+            values["frozen"] = tuple(values.pop("freeze").split(","))
         assert work.model_copy(update=values) == changed
 
 
@@ -82,7 +84,16 @@ def test_each_change_is_harder_than_the_one_before_and_no_side_grows(
         max_target_len=target if seq2seq else 0,
     )
     before = work
-    for _, changed in milder(work, hardware()):
+    *others, frozen = milder(work, hardware()) if seq2seq else [*milder(work, hardware()), None]
+    if frozen is not None:
+        _, changed = frozen
+        assert changed == work.model_copy(update={"gradient_checkpointing": "on", "frozen": changed.frozen})
+        assert changed.frozen
+        assert milder(changed, hardware()) == [
+            (options, w.model_copy(update={"frozen": changed.frozen}))
+            for options, w in milder(work.model_copy(update={"gradient_checkpointing": "on"}), hardware())[:-1]
+        ]
+    for _, changed in others:
         assert changed != before
         assert changed.gradient_checkpointing == "on"
         assert changed.max_seq_len <= before.max_seq_len

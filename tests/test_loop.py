@@ -66,6 +66,7 @@ def errand_of(tmp_path: Path, model: str = "tiny", **changes: Any) -> Train:
             model=model,
             tokenizer=None,
             dropout=None,
+            freeze=(),
             data=(),
             validation=(),
             stage=None,
@@ -188,6 +189,11 @@ def test_a_run_says_how_true_its_plan_was(tmp_path: Path) -> None:
     assert plan.forecast is not None
     assert (plan.forecast.total_steps, against["step"]) == (200, 3)
     assert against["planned_seconds"] == pytest.approx(plan.forecast.total_seconds * 3 / 200)
+    assert against["expected_peak_bytes"] == plan.memory.expected_peak_bytes
+    tokens = sum(row.get("tokens", 0) for row in rows)
+    assert tokens
+    for kind in ("planned", "real"):
+        assert against[f"{kind}_tokens_per_second"] == pytest.approx(tokens / against[f"{kind}_seconds"])
 
 
 def test_the_seconds_of_the_rows_come_to_those_of_the_loop(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from autotune.errands import TokenIds
 from autotune.errors import ConfigurationError
-from trainer.model import build_for, load_config, save_model, summarise
+from trainer.microbatch import SpecialTokens, WorstCase, collate
+from trainer.model import build_for, freeze, load_config, save_model, summarise
 from trainer.records import Record, Turn
+from trainer.step import start, train_step
 from trainer.tokenizer import train_tokenizer
 
 IDS = TokenIds(pad=0, eos=1, bos=2)
@@ -44,6 +46,46 @@ def test_the_tiny_presets_have_one_to_two_million(preset: str) -> None:
 def test_a_preset_follows_the_tokenizers_vocabulary() -> None:
     per_token = 128
     assert summarise("tiny", 6400, None).parameters - summarise("tiny", 6000, None).parameters == 400 * per_token
+
+
+def test_freezing_trains_what_fine_tuning_of_chatlm_mini_chinese_trained() -> None:
+    """Embedding and encoder frozen: 94,396,032 of 187,692,288, the output layer being tied to the embedding."""
+    summary = summarise("chatlm-t5", 29298, None, ("embedding", "encoder"))
+    assert (summary.trainable_parameters, summary.parameters) == (94_396_032, 187_692_288)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "llama"])
+def test_what_is_frozen_has_no_gradient_and_does_not_change(family: str) -> None:
+    parts = ("embedding", "*layers.0.*") if family == "llama" else ("embedding", "encoder")
+    torch.manual_seed(0)
+    model = build(family)
+    freeze(model, parts)
+    shared = {model.get_input_embeddings().weight}
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    state = start(model, weight_decay=0.1, precision="fp32")
+    work = workload(family)
+    batch = collate(range(2), WorstCase(work), work, SpecialTokens(0, 0))
+    train_step(state, [batch], 8, "fp32", learning_rate=0.1, clip=0.0)
+    for name, parameter in model.named_parameters():
+        frozen = parameter in shared or ("layers.0." if family == "llama" else "encoder.") in name
+        assert parameter.requires_grad is not frozen, name
+        assert (parameter in state.optimizer.state) is not frozen, name
+        assert torch.equal(parameter, before[name]) is frozen or parameter.grad is None, name
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert changed
+
+
+@pytest.mark.parametrize(
+    ("family", "parts", "said"),
+    [
+        ("llama", ["encoder"], "freeze 'encoder' fits no parameter"),
+        ("llama", ["*"], "nothing is left to train"),
+        ("t5", ["embedding", "encoder", "decoder"], "nothing is left to train"),
+    ],
+)
+def test_what_cannot_be_frozen_is_said(family: str, parts: list[str], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        freeze(build(family), parts)
 
 
 def test_dropout_replaces_the_models_own() -> None:

@@ -318,6 +318,7 @@ PREPROCESS = Preprocess(
     model="small",
     tokenizer=None,
     dropout=0.1,
+    freeze=(),
     data=(),
     validation=(),
     stage=None,

@@ -67,6 +67,7 @@ def errand(tmp_path: Path, *data: Path, **changes: Any) -> Preprocess:
         "model": "tiny",
         "tokenizer": None,
         "dropout": None,
+        "freeze": (),
         "data": tuple(map(str, data)),
         "validation": (),
         "stage": None,

@@ -24,6 +24,7 @@ def errand(tmp_path: Path, model: str = "tiny", data: tuple[str, ...] | None = N
         model=model,
         tokenizer=None,
         dropout=None,
+        freeze=(),
         data=data,
         validation=(),
         stage=None,

@@ -95,9 +95,23 @@ def test_the_plan_is_in_force_and_what_was_typed_against_it_is_refused() -> None
     settings = settings_of_plan(plan, resolve({}, None, "fast"))
     assert (settings.model, settings.batch_size_per_gpu, settings.effective_batch_size) == ("small", 20, 240)
     assert settings_of_plan(plan, resolve({"effective_batch_size": 240, "precision": "auto"})).precision == "bf16"
-    for typed in ({"effective_batch_size": 64}, {"precision": "fp32"}, {"model": "tiny"}, {"dropout": 0.5}):
+    for typed in (
+        {"effective_batch_size": 64},
+        {"precision": "fp32"},
+        {"model": "tiny"},
+        {"dropout": 0.5},
+        {"freeze": "encoder"},
+    ):
         with pytest.raises(ConfigurationError, match="the plan has"):
             settings_of_plan(plan, resolve(typed))
+
+
+def test_parts_to_freeze_are_given_with_commas_or_one_by_one_in_any_order() -> None:
+    for typed in ("encoder,embedding", ["embedding", "encoder"], [" encoder, ", "embedding"]):
+        assert resolve({"freeze": typed}).settings.freeze == ("embedding", "encoder")
+    assert resolve({}).settings.freeze == ()
+    with pytest.raises(ConfigurationError, match="freeze"):
+        resolve({"freeze": [1]})
 
 
 def test_a_run_writes_every_value_in_force_and_where_it_came_from(tmp_path: Path) -> None:

@@ -62,20 +62,21 @@ def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
     store = TokenStore(Path(errand.store))
     total_steps = steps_in(len(store), errand.plan.batching.effective_batch_size, recipe)
     yield {"kind": "event", "event": "started", "step": 0, "total_steps": total_steps, "samples": len(store)}
-    ended, seconds, peak = "finished", 0.0, 0
+    ended, seconds, peak, tokens = "finished", 0.0, 0, 0
     began = time.perf_counter()
     for row in _steps(errand, state, store, total_steps, meter):
         # Since the row before, so that the seconds of all rows come to those of the loop.
         now = time.perf_counter()
         yield _timed(row, now - began)
         seconds, peak, began = seconds + now - began, max(peak, row.get("peak_memory_bytes", 0)), now
+        tokens += row.get("tokens", 0)
         if row["kind"] == "train" and not math.isfinite(row["gradient_norm"]):
             yield {"kind": "event", "event": "skipped_step", "step": state.step}
         if stop():
             ended = "stopped"
             break
     step, model = state.step, state.model
-    yield _against(errand.plan, step, seconds, peak)
+    yield _against(errand.plan, step, seconds, peak, tokens)
     # A save serialises the weights: what only training needs goes first.
     del state
     folder = Path(errand.output_dir) / "model"
@@ -83,18 +84,21 @@ def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
     yield {"kind": "event", "event": ended, "step": step, "model": str(folder)}
 
 
-def _against(plan: Plan, step: int, seconds: float, peak: int) -> Metrics:
-    """Say how true the plan was: its worst case and its forecast, for the steps that were taken, and what became."""
-    cast = plan.forecast
+def _against(plan: Plan, step: int, seconds: float, peak: int, tokens: int) -> Metrics:
+    """Say how true the plan was: its peaks and its forecast, for the steps that were taken, and what became."""
+    memory, cast = plan.memory, plan.forecast
     planned = cast.total_seconds * step / cast.total_steps if cast else None
     return {
         "kind": "event",
         "event": "plan_against_real",
         "step": step,
-        "planned_peak_bytes": plan.memory.measured_peak_bytes or plan.memory.predicted_peak_bytes,
+        "planned_peak_bytes": memory.measured_peak_bytes or memory.predicted_peak_bytes,
+        "expected_peak_bytes": memory.expected_peak_bytes,
         "real_peak_bytes": peak,
         "planned_seconds": planned,
         "real_seconds": seconds,
+        "planned_tokens_per_second": tokens / planned if planned else None,
+        "real_tokens_per_second": tokens / seconds if seconds else None,
     }
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,34 @@ def task_of(config: Any) -> Task:
     return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
 
 
-def summarise(model: str, vocabulary_size: int | None, dropout: float | None) -> ModelSummary:
+def freeze(model: Any, parts: Sequence[str]) -> None:
+    """Stop training these parts: embedding, encoder, decoder, or a pattern (fnmatch) of parameter names.
+
+    A tied weight is one: an output layer tied to the embedding is frozen with it, and an embedding that encoder and
+    decoder share is neither's. Raises ConfigurationError for a part there is not, or where nothing is left to train.
+    """
+    named = dict(model.named_parameters())
+    embedding = set(model.get_input_embeddings().parameters())
+    known = {"embedding": embedding}
+    if model.config.is_encoder_decoder:
+        known["encoder"] = set(model.get_encoder().parameters()) - embedding
+        known["decoder"] = set(model.get_decoder().parameters()) - embedding
+    for part in parts:
+        chosen = known.get(part) or {p for name, p in named.items() if fnmatchcase(name, part)}
+        if not chosen:
+            raise ConfigurationError(
+                f"freeze {part!r} fits no parameter of the model",
+                f"parts are {', '.join(known)}; patterns fit names such as {next(iter(named))}",
+            )
+        for parameter in chosen:
+            parameter.requires_grad_(requires_grad=False)
+    if not any(p.requires_grad for p in named.values()):
+        raise ConfigurationError(f"nothing is left to train with {', '.join(parts)} frozen", "freeze less")
+
+
+def summarise(
+    model: str, vocabulary_size: int | None, dropout: float | None, frozen: Sequence[str] = ()
+) -> ModelSummary:
     """Count parameters and so on without a weight in memory."""
     config = load_config(model, vocabulary_size, dropout)
     auto = AutoModelForSeq2SeqLM if task_of(config) == "seq2seq" else AutoModelForCausalLM
@@ -154,6 +182,7 @@ def summarise(model: str, vocabulary_size: int | None, dropout: float | None) ->
             empty = auto.from_config(config)  # type: ignore[no-untyped-call]
     except ValueError as error:
         raise ConfigurationError(f"{model}: {str(error).splitlines()[0]}") from None
+    freeze(empty, frozen)
     # T5's n_positions is of no consequence: its positions are relative.
     absolute = getattr(config, "max_position_embeddings", None)
     return ModelSummary(
@@ -194,6 +223,7 @@ def build_for(workload: Workload, ids: TokenIds | None, device: torch.device, *,
             bos_token_id=ids.bos,
             decoder_start_token_id=config.decoder_start_token_id if task == "seq2seq" else None,
         )
+    freeze(built, workload.frozen)
     if workload.gradient_checkpointing == "on":
         # transformers renamed it late in version 5, and warns of the old name.
         enable = getattr(built, "activation_checkpointing_enable", None) or built.gradient_checkpointing_enable

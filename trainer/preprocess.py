@@ -39,7 +39,7 @@ def preprocess(errand: Preprocess, report: Report) -> Preprocessed:
         return _without_data(errand)
     source = Source(errand)
     tokenizer = load_tokenizer(str(_tokenizer_folder(errand, source, report)))
-    model = summarise(errand.model, len(tokenizer), errand.dropout)
+    model = summarise(errand.model, len(tokenizer), errand.dropout, errand.freeze)
     _check_length(errand, model)
     stage = errand.stage or source.stage()
     data = _store(errand, source.files, source.read, model, stage, tokenizer, report)
@@ -69,7 +69,7 @@ def _check_length(errand: Preprocess, model: ModelSummary) -> None:
 
 def _without_data(errand: Preprocess) -> Preprocessed:
     size = len(load_tokenizer(errand.tokenizer)) if errand.tokenizer else None
-    model = summarise(errand.model, size, errand.dropout)
+    model = summarise(errand.model, size, errand.dropout, errand.freeze)
     _check_length(errand, model)
     return Preprocessed(
         model=model, tokenizer_dir=None, tokenizer_fingerprint=None, ids=None, data=None, validation=None

@@ -76,8 +76,13 @@ def batch_line(batching: Batching) -> str:
 
 def _plan_rows(plan: Plan, facts: Preprocessed, profile: str | None) -> list[tuple[str, str]]:
     work, machine, memory = plan.workload, plan.hardware, plan.memory
+    trained = f", {work.trainable_parameters / 1e6:.1f} M of them trained ({', '.join(work.frozen)} frozen)"
     rows = [
-        ("Model", f"{work.model}, {work.parameters / 1e6:.1f} M parameters, {work.task}, {work.precision}"),
+        (
+            "Model",
+            f"{work.model}, {work.parameters / 1e6:.1f} M parameters{trained * bool(work.frozen)}, {work.task}, "
+            f"{work.precision}",
+        ),
         (
             "Machine",
             f"{machine.device_name}, {gib(machine.device_memory_free_bytes)} free, {machine.cores} cores",
