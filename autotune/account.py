@@ -17,8 +17,8 @@ LEAST_HEADROOM_BYTES = {"cuda": 256 * MIB, "cpu": 128 * MIB}
 """On a processor the kernels that oneDNN keeps for shapes no dry step had: 50 MiB were seen over an epoch."""
 DRIFT = {"cuda": 0.0, "cpu": 0.03}
 """By which the peak of a few dry steps may lie below that of many: glibc's heap is not the same in any two steps."""
-LIBRARIES_BYTES = 64 * MIB
-"""What the libraries take on a processor once steps run: kernels, threads' buffers; 46 to 87 MiB were seen."""
+LIBRARIES_BYTES = 48 * MIB
+"""What the libraries take on a processor once steps run: kernels, buffers; 25 to 89 MiB were seen, 44 as a rule."""
 CUDA_CONTEXT_BYTES = 500 * MIB
 """Of a process on a card before it has a tensor: 226 MiB (L4) to 501 MiB (A100) were published; a trial then tells."""
 RANKS_BYTES = 256 * MIB

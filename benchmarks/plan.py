@@ -33,7 +33,6 @@ from rich.console import Console
 from rich.table import Table
 
 from autotune.account import LIBRARIES_BYTES, process_bytes
-from autotune.alternatives import estimated_peak
 from autotune.errands import Dry, Recipe, TokenIds, TraceReport, Train
 from autotune.evidence import fit
 from autotune.hardware import read_hardware
@@ -262,7 +261,7 @@ def at_limit(case: Case, work: Workload, hardware: Hardware, limit: int, folder:
     return Row(
         case=case.name,
         limit_bytes=limit,
-        before_any_trial=estimated_peak(untried, chosen, hardware) / peak,
+        before_any_trial=untried.peak_bytes(chosen) / peak,
         largest=plan.batching.largest_safe_micro_batch_size,
         truly_largest=truth,
         trials=len(plan.evidence.trials),

@@ -16,7 +16,7 @@ from autotune.errands import Dry, Trace, TraceReport
 from autotune.estimate import estimate
 from autotune.inputs import PlanInputs
 from autotune.measure import trace_sizes, try_size
-from autotune.plan import Hardware, Plan, Rates, Traced, Workload
+from autotune.plan import Device, Hardware, Plan, Rates, Traced, Workload
 from trainer.memory import PeakMeter
 from trainer.trace import CPU, trace
 
@@ -34,8 +34,8 @@ def workload(family: str = "llama", **changes: Any) -> Workload:
     return tiny_models.workload(family, **({"model": "tiny", "vocabulary_size": 6400, "max_seq_len": 128} | changes))
 
 
-def traced(work: Workload, *sizes: int) -> tuple[Traced, ...]:
-    (report,) = trace(Trace(workloads=(work,), micro_batch_sizes=sizes))
+def traced(work: Workload, *sizes: int, device: Device = "cpu") -> tuple[Traced, ...]:
+    (report,) = trace(Trace(device=device, workloads=(work,), micro_batch_sizes=sizes))
     return report.traced
 
 
@@ -66,6 +66,29 @@ def test_checkpointing_holds_less_and_half_precision_less_than_full() -> None:
     plain = peak(traced(workload(precision="fp32"), 16)[0])
     assert peak(traced(workload(precision="fp32", gradient_checkpointing="on"), 16)[0]) < 0.8 * plain
     assert peak(traced(workload(precision="bf16"), 16)[0]) < plain
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2"])
+def test_on_a_card_no_scores_of_attention_are_kept_with_dropout_or_a_learned_bias(family: str, tmp_path: Path) -> None:
+    """Twice the length at half the rows are as many tokens: what grows nevertheless grows with the square."""
+    model = tiny_models.build(family)
+    model.save_pretrained(tmp_path)
+    lengths = {"max_seq_len": 64, "max_target_len": 64 if family == "t5" else 0}
+    work = tiny_models.workload(family, model=str(tmp_path), dropout=0.1, attention="sdpa", **lengths)
+    longer = work.model_copy(update={name: 2 * length for name, length in lengths.items()})
+
+    def growth(device: Device) -> float:
+        (short,), (long,) = traced(work, 32, device=device), traced(longer, 16, device=device)
+        return peak(long) / peak(short)
+
+    # T5's bias itself has the square of the length, and a copy of it in each layer is the kernel's.
+    assert growth("cuda") - 1 < (0.7 if family == "t5" else 0.3) * (growth("cpu") - 1)
+
+
+def test_without_dropout_or_bias_a_card_holds_what_a_processor_does() -> None:
+    work = workload(max_seq_len=256)
+    (here,), (there,) = traced(work, 16), traced(work, 16, device="cuda")
+    assert peak(there) == pytest.approx(peak(here), rel=0.05)
 
 
 def test_tracing_takes_no_memory_for_tensors() -> None:
@@ -144,7 +167,7 @@ def estimate_of(work: Workload, rows: int, rates: Rates | None = None) -> Plan:
     card = facts.hardware(world_size=1, device_memory_free_bytes=100 * GIB)
 
     def here(works: Sequence[Workload], _: Hardware, sizes: tuple[int, ...]) -> list[TraceReport]:
-        return list(trace(Trace(workloads=tuple(works), micro_batch_sizes=sizes[-1:])))
+        return list(trace(Trace(device="cuda", workloads=tuple(works), micro_batch_sizes=sizes[-1:])))
 
     return estimate(PlanInputs(work, card, request, facts.recipe(), None, None), rates, here)
 
