@@ -167,9 +167,11 @@ class Recipe(Fact):
     epochs: Annotated[float, Field(gt=0)]
     max_steps: PositiveInt | None
     learning_rate: Annotated[float, Field(gt=0)]
-    schedule: Literal["cosine", "constant"]
+    schedule: Literal["cosine", "linear", "constant", "one-cycle"]
     warmup: Annotated[float, Field(ge=0)]
     """Steps; below 1 a share of all steps."""
+    div_factor: Annotated[float, Field(ge=1)]
+    """One cycle begins at the rate over this."""
     weight_decay: Annotated[float, Field(ge=0)]
     clip: Annotated[float, Field(ge=0)]
     """Largest gradient norm; 0 does not clip."""

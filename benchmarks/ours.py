@@ -24,8 +24,8 @@ from autotune.process import Worker
 def main() -> None:
     report, errand = Reports(), json.loads(sys.argv[1])
     recipe = Recipe(
-        epochs=1, max_steps=errand["steps"], learning_rate=1e-4, schedule="constant", warmup=0, weight_decay=0.01,
-        clip=1.0, seed=42,
+        epochs=1, max_steps=errand["steps"], learning_rate=1e-4, schedule="constant", warmup=0, div_factor=25,
+        weight_decay=0.01, clip=1.0, seed=42,
     )  # fmt: skip
     request = Request(
         effective_batch_size=errand["effective_batch_size"], micro_batch_size=None, prefer="largest",

@@ -55,8 +55,9 @@ SIZES = (4, 10)
 """Rows that the two limits of a case are made for."""
 GIB, MIB = 2**30, 2**20
 RECIPE = Recipe(
-    epochs=1, max_steps=STEPS, learning_rate=1e-4, schedule="constant", warmup=0, weight_decay=0.1, clip=1.0, seed=42
-)
+    epochs=1, max_steps=STEPS, learning_rate=1e-4, schedule="constant", warmup=0, div_factor=25, weight_decay=0.1,
+    clip=1.0, seed=42,
+)  # fmt: skip
 
 
 @dataclass

@@ -169,6 +169,7 @@ def make_recipe(settings: Settings, stage: str) -> Recipe:
         learning_rate=settings.learning_rate or LEARNING_RATES[stage],
         schedule=settings.schedule,
         warmup=settings.warmup,
+        div_factor=settings.div_factor,
         weight_decay=settings.weight_decay,
         clip=settings.clip,
         seed=settings.seed,

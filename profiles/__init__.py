@@ -71,10 +71,13 @@ class Settings:
     learning_rate: float | None = _setting(
         None, "Training", "Peak learning rate; 5e-4 for pretraining, 1e-4 for SFT where not given."
     )
-    schedule: Literal["cosine", "constant"] = _setting(
-        "cosine", "Training", "After the warm-up: down to a tenth, or level."
+    schedule: Literal["cosine", "linear", "constant", "one-cycle"] = _setting(
+        "cosine", "Training", "After the warm-up: down to a tenth, to nothing, level, or one cycle to nearly nothing."
     )
     warmup: float = _setting(0.03, "Training", "Steps; below 1 a share of all steps.")
+    div_factor: float = _setting(
+        25.0, "Training", "One cycle begins at the rate over this; the rate itself is the peak."
+    )
     weight_decay: float = _setting(0.1, "Training", "AdamW's weight decay, of matrices alone.")
     clip: float = _setting(1.0, "Training", "Largest gradient norm; 0 does not clip.")
     optimizer: Literal["adamw"] = _setting("adamw", "Training", "Optimizer.")
@@ -213,6 +216,7 @@ AT_LEAST: dict[str, float] = {
     "gradient_accumulation_steps": 1,
     "max_steps": 1,
     "warmup": 0,
+    "div_factor": 1,
     "weight_decay": 0,
     "clip": 0,
     "dropout": 0,

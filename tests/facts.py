@@ -163,6 +163,7 @@ def recipe(**changes: Any) -> Recipe:
         "max_steps": None,
         "learning_rate": 1e-3,
         "schedule": "cosine",
+        "div_factor": 25.0,
         "warmup": 0.03,
         "weight_decay": 0.1,
         "clip": 1.0,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +11,12 @@ import facts
 import pytest
 import torch
 from facts import recipe
-from hypothesis import given
-from hypothesis import strategies as st
 
 from autotune.batching import reach
 from autotune.errands import Preprocess, Train
 from trainer.data import TokenStore, order
-from trainer.loop import learning_rate_at, steps_in, train
+from trainer.loop import train
 from trainer.preprocess import preprocess
-
-
-@given(
-    total=st.integers(1, 500),
-    warmup=st.one_of(st.floats(0, 0.99), st.integers(1, 50).map(float)),
-    schedule=st.sampled_from(["cosine", "constant"]),
-)
-def test_the_rate_peaks_at_exactly_what_was_asked_and_is_never_above_or_zero(
-    total: int, warmup: float, schedule: str
-) -> None:
-    rates = [learning_rate_at(step, total, recipe(warmup=warmup, schedule=schedule)) for step in range(total)]
-    assert max(rates) == pytest.approx(1e-3, rel=1e-12)
-    assert min(rates) > 0
-    peak = rates.index(max(rates))
-    assert all(a < b for a, b in pairwise(rates[: peak + 1]))
-    assert all(a >= b for a, b in pairwise(rates[peak:]))
-
-
-def test_the_cosine_ends_at_a_tenth() -> None:
-    assert learning_rate_at(99, 100, recipe()) == pytest.approx(1e-4)
-    assert learning_rate_at(99, 100, recipe(schedule="constant")) == 1e-3
-
-
-@pytest.mark.parametrize(
-    ("samples", "effective", "changes", "steps"),
-    [
-        (3000, 64, {}, 47),
-        (3000, 64, {"epochs": 2}, 94),
-        (3000, 64, {"max_steps": 5}, 5),
-        (10, 64, {}, 1),
-        (128, 64, {"epochs": 0.5}, 1),
-    ],
-)
-def test_no_sample_is_dropped_and_none_counted_twice(
-    samples: int, effective: int, changes: dict[str, Any], steps: int
-) -> None:
-    assert steps_in(samples, effective, recipe(**changes)) == steps
 
 
 def errand_of(tmp_path: Path, model: str = "tiny", **changes: Any) -> Train:

@@ -405,7 +405,7 @@ def test_a_dry_step_meets_resident_gradients_and_its_worst_case_once_the_first_s
         {"warmup": -1.0},
         {"weight_decay": -0.1},
         {"clip": -1.0},
-        {"schedule": "linear"},
+        {"schedule": "triangular"},
     ],
 )
 def test_a_recipe_that_could_not_train_is_refused(change: dict[str, Any]) -> None:

@@ -5,43 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from autotune.batching import share_of
-from autotune.errands import Recipe, Train
+from autotune.errands import Train
 from autotune.plan import Plan, Workload
 from trainer.data import TokenStore, order
 from trainer.evaluate import perplexity, total_loss
 from trainer.memory import PeakMeter, prepare_heap
 from trainer.microbatch import SpecialTokens, lay_out, target_count
 from trainer.model import build_for, save_model
+from trainer.schedule import learning_rate_at, steps_in
 from trainer.step import TrainState, start, train_step
 
 Metrics = dict[str, Any]
-FLOOR = 0.1
-"""The cosine ends at this share of the peak rate."""
-
-
-def steps_in(samples: int, effective_batch_size: int, recipe: Recipe) -> int:
-    """Return the optimizer steps of the whole run; the last step of an epoch may be smaller, none is dropped."""
-    steps = max(1, ceil(ceil(samples / effective_batch_size) * recipe.epochs))
-    return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
-
-
-def learning_rate_at(step: int, total_steps: int, recipe: Recipe) -> float:
-    """Return the rate of a step (0 is the first): linear warm-up to what was asked, then constant or half a cosine."""
-    warmup = round(recipe.warmup * total_steps if recipe.warmup < 1 else recipe.warmup)
-    warmup = min(warmup, total_steps - 1)
-    if step < warmup:
-        return recipe.learning_rate * (step + 1) / (warmup + 1)
-    if recipe.schedule == "constant":
-        return recipe.learning_rate
-    done = (step - warmup) / max(1, total_steps - 1 - warmup)
-    return recipe.learning_rate * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
