@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from autotune.errors import UserError
-from cli.options import takes_settings
+from cli.options import SettingsCommand, takes_settings
 
 INTERNAL_ERROR = 70
 EXIT_CODES = (
@@ -71,7 +71,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-@chatlm.command()
+@chatlm.command(cls=SettingsCommand)
 @takes_settings
 @guarded
 def plan(
@@ -114,7 +114,7 @@ def plan(
     )
 
 
-@chatlm.command()
+@chatlm.command(cls=SettingsCommand)
 @takes_settings
 @guarded
 def train(

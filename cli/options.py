@@ -8,10 +8,31 @@ from collections.abc import Callable
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
+from autotune.errors import ConfigurationError
 from profiles import FIELDS, Settings
+from profiles.names import ours
 
 Command = Callable[..., None]
+
+
+class SettingsCommand(TyperCommand):
+    """A command that knows what its options are called elsewhere."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments; an option that other trainers have is answered with ours."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # typer has click's errors under a private name
+            name = getattr(error, "option_name", None)
+            here = ours(name, FIELDS) if name else None
+            if here is None:
+                raise
+            from cli.render.console import fail
+
+            fail(f"there is no option {name}", f"here it is {here}")
+            raise typer.Exit(ConfigurationError.exit_code) from None
 
 
 def takes_settings(command: Command) -> Command:

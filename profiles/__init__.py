@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from autotune.errors import ConfigurationError
+from profiles.names import ours
 
 FOLDER = Path(__file__).parent
 UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -199,7 +200,9 @@ def _read(file: Path) -> dict[str, Any]:
     values = {name.replace("-", "_"): value for name, value in values.items()}
     for name in values:
         if name not in FIELDS and name != "about":
-            raise ConfigurationError(f"{file}: unknown key {name!r}", did_you_mean(name, FIELDS))
+            here = ours(name, FIELDS)
+            hint = f"here it is {here}" if here else did_you_mean(name, FIELDS)
+            raise ConfigurationError(f"{file}: unknown key {name!r}", hint)
     return _without_about(values) if file.parent != FOLDER else values
 
 

@@ -75,6 +75,10 @@ def test_a_plan_as_json_stands_alone_on_stdout_and_its_supervisor_never_loads_to
     ("arguments", "code", "words"),
     [
         (["plan", "--effective-batch-sise", "8"], 2, ["--effective-batch-size"]),
+        (["train", "--per_device_train_batch_size", "8"], 2, ["here it is --batch-size-per-gpu"]),
+        (["plan", "--batch_size_per_gpu", "8"], 2, ["here it is --batch-size-per-gpu"]),
+        (["plan", "--learn_rate", "1e-4"], 2, ["here it is --learning-rate"]),
+        (["train", "--use_small_config"], 2, ["here it is --profile small"]),
         (["trian"], 2, ["train"]),
         (["plan", "--profile", "fsat"], 2, ["no profile 'fsat'", "did you mean fast?"]),
         (["plan", "--model", "tiny-t6"], 2, ["tiny-t5"]),
@@ -132,6 +136,13 @@ def test_an_unknown_key_in_a_file_is_an_error_with_the_nearest_name(tmp_path: Pa
         assert done.returncode == 2
         assert "unknown key 'learnin_rate'" in done.stderr
         assert "did you mean learning_rate?" in done.stderr
+
+
+def test_a_key_that_other_trainers_have_is_answered_with_ours(tmp_path: Path, chatlm: CommandRunner) -> None:
+    (tmp_path / "theirs.toml").write_text("num_train_epochs = 3\n")
+    done = chatlm("plan", "--config", "theirs.toml")
+    assert done.returncode == 2
+    assert "here it is --epochs" in done.stderr
 
 
 def test_every_value_tells_where_it_came_from(tmp_path: Path, chatlm: CommandRunner) -> None:
