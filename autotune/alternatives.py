@@ -22,7 +22,10 @@ CHECKPOINTING = "--gradient-checkpointing on"
 
 
 def milder(workload: Workload, hardware: Hardware) -> list[tuple[str, Workload]]:
-    """List changes that need less memory, mildest first, each with the options that make it."""
+    """List changes that need less memory, each with the options that make it.
+
+    Each of them needs less than the one before; at last, of full length, what trains half of a T5.
+    """
     changes = []
     if workload.gradient_checkpointing == "off":
         workload = checkpointed(workload)
@@ -36,7 +39,7 @@ def milder(workload: Workload, hardware: Hardware) -> list[tuple[str, Workload]]
         if workload.task == "seq2seq":
             options += f" --max-target-len {target}"
         changes.append((options, _with(workload, max_seq_len=source, max_target_len=target)))
-    if workload.task == "seq2seq" and not workload.frozen:
+    if workload.task == "seq2seq" and workload.stage == "sft" and not workload.frozen:
         options = f"{CHECKPOINTING} --freeze {','.join(ENCODER)}"
         changes.append((options, _with(workload, frozen=ENCODER)))
     return changes
@@ -125,6 +128,6 @@ def advise(alternatives: Sequence[Alternative]) -> str:
     """List the changes that would fit; if none does, say so."""
     fits = [a for a in alternatives if a.largest_micro_batch_size]
     if not fits:
-        return "no shorter sequence would fit either: take a smaller model"
+        return "nothing that was tried by the trace would fit either: take a smaller model"
     lines = (f"{a.change}: up to {a.largest_micro_batch_size} rows, {a.peak_bytes / GIB:.2f} GiB" for a in fits)
     return "by the trace these would fit: " + "; ".join(lines)

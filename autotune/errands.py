@@ -110,7 +110,8 @@ class Trace(Fact):
 
     errand: Literal["trace"] = "trace"
     device: Device
-    """Where the step would run, which decides the kernel of attention."""
+    fast_bf16: bool
+    """Of what it would run on: both decide the kernel of attention."""
     workloads: tuple[Workload, ...]
     micro_batch_sizes: tuple[PositiveInt, ...]
 

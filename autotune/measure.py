@@ -31,7 +31,12 @@ def trace_sizes(
     """
     reports = []
     try:
-        errand = Trace(device=hardware.device, workloads=tuple(workloads), micro_batch_sizes=micro_batch_sizes)
+        errand = Trace(
+            device=hardware.device,
+            fast_bf16=hardware.fast_bf16,
+            workloads=tuple(workloads),
+            micro_batch_sizes=micro_batch_sizes,
+        )
         events = (event for event in ask(errand, hardware.cores) if event["event"] == "result")
         for event in events:
             reports.append(TraceReport.model_validate(event["result"]))  # noqa: PERF401 # those before a crash count

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autotune.hardware import read_hardware
-from autotune.plan import Plan
+from autotune.plan import Hardware, Plan
 
 RESULTS = Path(__file__).parent / "results"
 PROGRAM = "import sys; from cli import chatlm; chatlm(sys.argv[1:])"
@@ -101,13 +101,15 @@ def run(name: str, arguments: str, folder: Path, data: Path) -> Row:
 
 def print_table(rows: list[Row]) -> None:
     table = Table()
-    for name in ("workload", "batch", "malloc", "steps", "s planned", "s real", "real / planned", "peak expected",
-                 "real / expected", "real / worst case", "of limit"):  # fmt: skip
+    for name in ("workload", "batch", "malloc", "steps", "s planned", "s real", "real / planned", "tokens/s",
+                 "real / planned", "peak expected", "real / expected", "real / worst case", "of limit"):  # fmt: skip
         table.add_column(name, justify="left" if name == "workload" else "right")
     for r in rows:
         table.add_row(
             r.workload, r.batch, r.allocator, str(r.steps), f"{r.planned_seconds:.1f}", f"{r.real_seconds:.1f}",
-            f"{r.real_seconds / r.planned_seconds - 1:+.1%}", f"{r.expected_peak_bytes / 2**30:.3f}",
+            f"{r.real_seconds / r.planned_seconds - 1:+.1%}", f"{r.real_tokens_per_second:,.0f}",
+            f"{r.real_tokens_per_second / r.planned_tokens_per_second - 1:+.1%}",
+            f"{r.expected_peak_bytes / 2**30:.3f}",
             f"{r.real_peak_bytes / r.expected_peak_bytes - 1:+.1%}",
             f"{r.real_peak_bytes / r.worst_case_peak_bytes - 1:+.1%}", f"{r.real_peak_bytes / r.limit_bytes:.0%}",
         )  # fmt: skip
@@ -123,6 +125,11 @@ def main() -> None:
             if not wanted or name.startswith(wanted):
                 rows.append(run(name, arguments, Path(temporary), data))
                 print_table(rows)
+                write(rows, hardware)
+
+
+def write(rows: list[Row], hardware: Hardware) -> None:
+    """Write what there is, after each workload: a run that is cut short leaves something."""
     found = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{hardware.device_name}, {hardware.cores} cores",

@@ -1,7 +1,7 @@
 """How true plans are, on a zoo of small models: against the largest size there truly is, and against real steps.
 
-    python benchmarks/plan.py                 all cases; about an hour on two cores
-    python benchmarks/plan.py llama t5        those whose name begins so
+    python benchmarks/plan.py                 presets by their trace, and all cases; an hour on two cores
+    python benchmarks/plan.py llama t5        those cases whose name begins so
 
 On a GPU it plans five other workloads, presets among them, on cards of 8, 24 and 80 GB that are imitated: the limit is
 told to the planner, and the allocator of its workers refuses more.
@@ -358,7 +358,9 @@ def main() -> None:
     wanted = sys.argv[1:]
     hardware = read_hardware(Path())
     rows: list[Row] = []
-    presets = [trace_preset(case, hardware) for case in PRESETS if not wanted or "presets" in wanted]
+    presets = [trace_preset(case, hardware) for case in PRESETS if not wanted]
+    for traced in presets:
+        print(traced)
     for case in ON_CARDS if hardware.device == "cuda" else CASES:
         if not wanted or case.name.startswith(tuple(wanted)):
             rows += run(case, hardware)

@@ -345,6 +345,11 @@ def notes(settings: Settings, facts: Preprocessed) -> list[str]:
             f"fine-tuning (SFT) starts from RANDOM weights: {settings.model} is a preset, not a pretrained model; "
             "to start from one give its folder, --model DIR"
         )
+    if facts.model.random_weights and settings.freeze:
+        said.append(
+            f"{', '.join(settings.freeze)} will stay RANDOM: {settings.model} is a preset, and what is frozen is not "
+            "trained; to start from a pretrained model give its folder, --model DIR"
+        )
     for summary, name in ((data, "data"), (facts.validation, "validation")):
         if summary is not None and summary.cuts:
             rules = ", ".join(f"{rule} {count:,}" for rule, count in summary.cuts.items())

@@ -21,8 +21,8 @@ FOLDER = Path(__file__).parent
 UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def _setting(default: Any, group: str, text: str, metavar: str = "") -> Any:
-    return field(default=default, metadata={"group": group, "help": text, "metavar": metavar})
+def _setting(default: Any, group: str, text: str, metavar: str = "", *, commas: bool = False) -> Any:
+    return field(default=default, metadata={"group": group, "help": text, "metavar": metavar, "commas": commas})
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,10 @@ class Settings:
     freeze: tuple[str, ...] = _setting(
         (),
         "Model",
-        "What is not trained: embedding, encoder, decoder, or a pattern of parameter names; with commas, or repeated.",
+        "What is not trained: embedding (with an output layer that is tied to it), encoder, decoder, or a pattern of "
+        "parameter names; with commas, or repeated.",
         "PART,PART",
+        commas=True,
     )
     data: tuple[str, ...] = _setting(
         (), "Data", "Parquet or jsonl file, or folder of such; may be repeated.", "FILE|DIR"
@@ -131,7 +133,7 @@ def resolve(given: Mapping[str, Any], config: str | None = None, profile: str | 
     for origin, layer in layers:
         for name, value in layer.items():
             values[name] = tuple(value) if isinstance(value, list) else value
-            if name == "freeze":
+            if FIELDS[name].metadata["commas"]:
                 values[name] = _parts(value)
             origins[name] = origin
     return Resolved(_validated(values, origins), origins)
@@ -162,8 +164,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def _parts(value: Any) -> Any:
     """Split at commas, so that `a,b` is `a` and `b`, in one order: a plan's workload holds them."""
     words = [value] if isinstance(value, str) else value
-    if not all(isinstance(word, str) for word in words):
-        return value
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        return value  # which is then refused
     return tuple(sorted({part.strip() for word in words for part in word.split(",") if part.strip()}))
 
 

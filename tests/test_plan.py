@@ -331,7 +331,7 @@ RECIPE = recipe(epochs=0.5, weight_decay=0.0, clip=0.0)
 EXCERPT = Excerpt(store="/cache/tokens/5f0c", seed=42, sizes=(4, 2))
 ERRANDS = [
     PREPROCESS,
-    Trace(device="cpu", workloads=(workload(),), micro_batch_sizes=(1, 4)),
+    Trace(device="cpu", fast_bf16=True, workloads=(workload(),), micro_batch_sizes=(1, 4)),
     Dry(workload=workload(), device="cpu", micro_batch_size=4, verify=True, limit_bytes=GIB, excerpt=EXCERPT),
     Train(
         plan=plan(),

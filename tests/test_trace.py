@@ -34,8 +34,8 @@ def workload(family: str = "llama", **changes: Any) -> Workload:
     return tiny_models.workload(family, **({"model": "tiny", "vocabulary_size": 6400, "max_seq_len": 128} | changes))
 
 
-def traced(work: Workload, *sizes: int, device: Device = "cpu") -> tuple[Traced, ...]:
-    (report,) = trace(Trace(device=device, workloads=(work,), micro_batch_sizes=sizes))
+def traced(work: Workload, *sizes: int, device: Device = "cpu", fast_bf16: bool = True) -> tuple[Traced, ...]:
+    (report,) = trace(Trace(device=device, fast_bf16=fast_bf16, workloads=(work,), micro_batch_sizes=sizes))
     return report.traced
 
 
@@ -85,10 +85,36 @@ def test_on_a_card_no_scores_of_attention_are_kept_with_dropout_or_a_learned_bia
     assert growth("cuda") - 1 < (0.7 if family == "t5" else 0.3) * (growth("cpu") - 1)
 
 
-def test_without_dropout_or_bias_a_card_holds_what_a_processor_does() -> None:
-    work = workload(max_seq_len=256)
+def test_without_dropout_or_bias_a_card_of_today_holds_what_a_processor_does_in_half_precision() -> None:
+    work = workload(max_seq_len=256, precision="bf16")
     (here,), (there,) = traced(work, 16), traced(work, 16, device="cuda")
-    assert peak(there) == pytest.approx(peak(here), rel=0.05)
+    assert peak(there) == pytest.approx(peak(here), rel=0.01)
+
+
+@pytest.mark.parametrize(("precision", "fast_bf16"), [("fp32", True), ("fp16", False), ("fp32", False)])
+def test_where_there_is_no_flash_kernel_heads_that_share_keys_keep_their_scores(
+    precision: str, fast_bf16: bool
+) -> None:
+    """`tiny` has two heads to a key, and four layers of four heads: each keeps its scores in fp32."""
+    work = workload(max_seq_len=256, precision=precision)
+    (here,), (there,) = traced(work, 16), traced(work, 16, device="cuda", fast_bf16=fast_bf16)
+    scores = 4 * 4 * 16 * 256 * 256 * 4
+    assert peak(there) - peak(here) > 0.7 * scores, "and no copy of keys and values for each head"
+
+
+def test_where_no_heads_share_keys_an_older_card_keeps_no_scores(tmp_path: Path) -> None:
+    model = tiny_models.build("gpt2")
+    model.save_pretrained(tmp_path)
+    work = tiny_models.workload("gpt2", model=str(tmp_path), attention="sdpa", max_seq_len=128)
+    (here,), (there,) = traced(work, 16), traced(work, 16, device="cuda", fast_bf16=False)
+    assert peak(there) == pytest.approx(peak(here), rel=0.01)
+
+
+def test_what_is_frozen_has_no_gradient_and_no_moments_in_the_trace() -> None:
+    (one,) = traced(workload(frozen=("embedding",)), 4)
+    trained = TINY - 6400 * 128
+    assert one.items["gradients"] == 4 * trained
+    assert 0 <= one.items["optimizer_state"] - MOMENTS_AND_STEP * trained < 1000
 
 
 def test_tracing_takes_no_memory_for_tensors() -> None:
@@ -167,7 +193,7 @@ def estimate_of(work: Workload, rows: int, rates: Rates | None = None) -> Plan:
     card = facts.hardware(world_size=1, device_memory_free_bytes=100 * GIB)
 
     def here(works: Sequence[Workload], _: Hardware, sizes: tuple[int, ...]) -> list[TraceReport]:
-        return list(trace(Trace(device="cuda", workloads=tuple(works), micro_batch_sizes=sizes[-1:])))
+        return list(trace(Trace(device="cuda", fast_bf16=True, workloads=tuple(works), micro_batch_sizes=sizes[-1:])))
 
     return estimate(PlanInputs(work, card, request, facts.recipe(), None, None), rates, here)
 

@@ -110,8 +110,9 @@ def test_parts_to_freeze_are_given_with_commas_or_one_by_one_in_any_order() -> N
     for typed in ("encoder,embedding", ["embedding", "encoder"], [" encoder, ", "embedding"]):
         assert resolve({"freeze": typed}).settings.freeze == ("embedding", "encoder")
     assert resolve({}).settings.freeze == ()
-    with pytest.raises(ConfigurationError, match="freeze"):
-        resolve({"freeze": [1]})
+    for wrong in ([1], True, 3, {"encoder": False}):
+        with pytest.raises(ConfigurationError, match="freeze"):
+            resolve({"freeze": wrong})
 
 
 def test_a_run_writes_every_value_in_force_and_where_it_came_from(tmp_path: Path) -> None:

@@ -55,8 +55,8 @@ def take_dry_steps(errand: Dry) -> DryReport:
         batch = collate(ids, samples, workload, special)
         targets = DRY_MICRO_BATCHES * target_count(ids, samples)
         # The step that `train_step` takes, its two phases apart; reading a result waits for the device.
+        prepare_heap(device, workload.cpu_allocator)
         with account.phase("forward_backward"):
-            prepare_heap(workload.cpu_allocator)
             accumulate(state, [batch] * DRY_MICRO_BATCHES, targets, workload.precision).item()
         with account.phase("optimizer"):
             update(state, workload.precision, LEARNING_RATE, CLIP).item()
@@ -67,6 +67,7 @@ def take_dry_steps(errand: Dry) -> DryReport:
                 update_seconds=account.seconds["optimizer"],
             )
         )
+    prepare_heap(device, workload.cpu_allocator)
     with account.phase("evaluation"):
         total_loss(model, [batch], workload.precision, device).item()
     timed = _time(state, errand)
@@ -109,7 +110,7 @@ def _time(state: TrainState, errand: Dry) -> tuple[Timed, ...]:
 def _run(state: TrainState, errand: Dry, ids: Any, rows: int, store: TokenStore) -> tuple[int, float]:
     """Run forward and backward of some samples; return the tokens that they were padded to, and the seconds."""
     began = time.perf_counter()
-    prepare_heap(errand.workload.cpu_allocator)
+    prepare_heap(state.loss_scale.device, errand.workload.cpu_allocator)
     batches = lay_out(ids, rows, store, errand.workload, SpecialTokens(0, 0))
     accumulate(state, batches, target_count(ids, store), errand.workload.precision).item()
     return sum(batch.padded_tokens for batch in batches), time.perf_counter() - began

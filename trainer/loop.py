@@ -42,21 +42,23 @@ def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
     store = TokenStore(Path(errand.store))
     total_steps = steps_in(len(store), errand.plan.batching.effective_batch_size, recipe)
     yield {"kind": "event", "event": "started", "step": 0, "total_steps": total_steps, "samples": len(store)}
-    ended, seconds, peak, tokens = "finished", 0.0, 0, 0
+    ended, seconds, training_seconds, peak, tokens = "finished", 0.0, 0.0, 0, 0
     began = time.perf_counter()
     for row in _steps(errand, state, store, total_steps, meter):
         # Since the row before, so that the seconds of all rows come to those of the loop.
         now = time.perf_counter()
-        yield _timed(row, now - began)
-        seconds, peak, began = seconds + now - began, max(peak, row.get("peak_memory_bytes", 0)), now
-        tokens += row.get("tokens", 0)
+        taken, began = now - began, now
+        yield _timed(row, taken)
+        seconds, peak = seconds + taken, max(peak, row.get("peak_memory_bytes", 0))
+        if row["kind"] == "train":
+            tokens, training_seconds = tokens + row["tokens"], training_seconds + taken
         if row["kind"] == "train" and not math.isfinite(row["gradient_norm"]):
             yield {"kind": "event", "event": "skipped_step", "step": state.step}
         if stop():
             ended = "stopped"
             break
     step, model = state.step, state.model
-    yield _against(errand.plan, step, seconds, peak, tokens)
+    yield _against(errand.plan, step, seconds, peak, tokens / max(training_seconds, 1e-9), tokens)
     # A save serialises the weights: what only training needs goes first.
     del state
     folder = Path(errand.output_dir) / "model"
@@ -64,10 +66,16 @@ def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
     yield {"kind": "event", "event": ended, "step": step, "model": str(folder)}
 
 
-def _against(plan: Plan, step: int, seconds: float, peak: int, tokens: int) -> Metrics:
-    """Say how true the plan was: its peaks and its forecast, for the steps that were taken, and what became."""
+def _against(plan: Plan, step: int, seconds: float, peak: int, tokens_per_second: float, tokens: int) -> Metrics:
+    """Say how true the plan was: its peaks and its forecast, for the steps that were taken, and what became.
+
+    Tokens a second are those of the steps alone, without evaluation.
+    """
     memory, cast = plan.memory, plan.forecast
-    planned = cast.total_seconds * step / cast.total_steps if cast else None
+    planned = planned_training = None
+    if cast is not None:
+        planned = cast.total_seconds * step / cast.total_steps
+        planned_training = cast.seconds_per_epoch * step / cast.steps_per_epoch
     return {
         "kind": "event",
         "event": "plan_against_real",
@@ -77,8 +85,8 @@ def _against(plan: Plan, step: int, seconds: float, peak: int, tokens: int) -> M
         "real_peak_bytes": peak,
         "planned_seconds": planned,
         "real_seconds": seconds,
-        "planned_tokens_per_second": tokens / planned if planned else None,
-        "real_tokens_per_second": tokens / seconds if seconds else None,
+        "planned_tokens_per_second": tokens / planned_training if planned_training else None,
+        "real_tokens_per_second": tokens_per_second,
     }
 
 
@@ -114,7 +122,7 @@ def _one_step(
     batches = lay_out(share, plan.batching.micro_batch_size, store, plan.workload, special)
     targets = target_count(ids, store)
     rate = learning_rate_at(state.step, total_steps, recipe)
-    prepare_heap(plan.workload.cpu_allocator)
+    prepare_heap(state.loss_scale.device, plan.workload.cpu_allocator)
     meter.reset()
     loss, norm = train_step(state, batches, targets, plan.workload.precision, rate, recipe.clip)
     state.step += 1
@@ -151,7 +159,7 @@ def _validate(errand: Train, state: TrainState, store: TokenStore, meter: PeakMe
     ids = range(len(store))
     special = special_tokens(state.model, errand)
     batches = _in_order(ids, plan.batching.micro_batch_size, store, plan.workload, special)
-    prepare_heap(plan.workload.cpu_allocator)
+    prepare_heap(state.loss_scale.device, plan.workload.cpu_allocator)
     meter.reset()
     total = total_loss(state.model, batches, plan.workload.precision, state.loss_scale.device).item()
     loss = total / max(1, target_count(ids, store))

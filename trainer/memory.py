@@ -1,4 +1,4 @@
-"""What this process holds, at its peak. Reads /proc or the CUDA allocator, and changes nothing but the peak's start.
+"""What this process holds, at its peak, by /proc or the CUDA allocator; and giving back what its heap merely keeps.
 
 On a CPU the peak is anonymous plus shared memory, what a control group cannot take back: the kernel's high-water mark
 of resident memory, which also counts files, less the file pages there were when the mark was set down.
@@ -85,13 +85,13 @@ def trim_heap() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def prepare_heap(allocator: CpuAllocator) -> None:
-    """Have a step begin as small as it can, under glibc's tight setting.
+def prepare_heap(device: torch.device, allocator: CpuAllocator) -> None:
+    """Have a step on a processor begin as small as it can, under glibc's tight setting.
 
     What is below that setting's threshold stays with the heap when it is freed, because something small lies above: up
     to a fifth of the peak where micro-batches are of many lengths, on which the tensors of a long one would then come.
     """
-    if allocator == "tight":
+    if device.type == "cpu" and allocator == "tight":
         trim_heap()
 
 

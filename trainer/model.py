@@ -149,10 +149,13 @@ def task_of(config: Any) -> Task:
 def freeze(model: Any, parts: Sequence[str]) -> None:
     """Stop training these parts: embedding, encoder, decoder, or a pattern (fnmatch) of parameter names.
 
-    A tied weight is one: an output layer tied to the embedding is frozen with it, and an embedding that encoder and
-    decoder share is neither's. Raises ConfigurationError for a part there is not, or where nothing is left to train.
+    A tied weight is one, by any of its names: an output layer tied to the embedding is frozen with it, and an embedding
+    that encoder and decoder share is neither's. Raises ConfigurationError for a part there is not, or where nothing is
+    left to train.
     """
-    named = dict(model.named_parameters())
+    if not parts:
+        return
+    named = dict(model.named_parameters(remove_duplicate=False))
     embedding = set(model.get_input_embeddings().parameters())
     known = {"embedding": embedding}
     if model.config.is_encoder_decoder:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import (
@@ -29,6 +28,7 @@ from torch.utils.flop_counter import (
 
 from autotune.errands import Trace, TraceReport
 from autotune.plan import Traced, Work, Workload
+from trainer.attention import attention_of_cards
 from trainer.evaluate import total_loss
 from trainer.memory import PeakMeter
 from trainer.microbatch import MULTIPLE, MicroBatch, SpecialTokens, WorstCase, collate
@@ -52,44 +52,11 @@ def trace(errand: Trace) -> Iterator[TraceReport]:
     process = PeakMeter(CPU).held_bytes()
     for workload in errand.workloads:
         ledger = Ledger()
-        attention = attention_of_cards() if errand.device == "cuda" else nullcontext()
+        attention = attention_of_cards(workload, errand.fast_bf16) if errand.device == "cuda" else nullcontext()
         with attention, FakeTensorMode() as fake, ledger:
             step = _TracedStep(workload, fake, ledger)
             traced = tuple(step.at(rows) for rows in errand.micro_batch_sizes)
         yield TraceReport(process_bytes=process, traced=traced)
-
-
-@contextmanager
-def attention_of_cards() -> Iterator[None]:
-    """Attend by the kernel that cards have, which holds no scores.
-
-    A processor's own kernel takes no dropout and no mask with a gradient (T5's bias), and falls back on one that keeps
-    the scores of each layer: 38 % of the peak of ChatLM-mini-Chinese's T5 at 192 tokens. A card has a kernel for all of
-    these (torch's memory-efficient one; its flash kernel, taken where there is no mask, holds as little).
-    """
-    by_processor = functional.scaled_dot_product_attention
-
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-    ) -> Tensor:  # fmt: skip
-        if enable_gqa:
-            key, value = (kv.repeat_interleave(query.shape[1] // kv.shape[1], 1) for kv in (key, value))
-        if attn_mask is not None:
-            if attn_mask.dtype == torch.bool:
-                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
-            attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:3], key.shape[2])
-        attended: Tensor
-        attended, *_ = aten._scaled_dot_product_efficient_attention(
-            query, key, value, attn_mask, compute_log_sumexp=True, dropout_p=dropout_p, is_causal=is_causal, scale=scale
-        )
-        return attended
-
-    functional.scaled_dot_product_attention = attend
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = by_processor
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
