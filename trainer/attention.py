@@ -79,7 +79,8 @@ def _keeping_scores(
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,  # torch's
 ) -> Tensor:  # fmt: skip
     attended: Tensor
-    attended, _ = aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    with torch.autocast("cpu", enabled=False):  # inside the operator nothing is cast: it computes in fp32
+        attended, _ = aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     return attended
