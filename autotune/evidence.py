@@ -87,10 +87,9 @@ def _interpolate(points: Sequence[tuple[int, dict[str, int]]], rows: int) -> dic
 def fit(trials: Iterable[Trial], traced: Sequence[Traced] = (), process_bytes: int = 0) -> MemoryModel | None:
     """Draw the phases from the trace, corrected by what the trials held beyond it.
 
-    Without a trial that is what the process holds. With one it is the same at every size, and no less than that while
-    it was a short one; with more, a line through the largest and another well below it: neighbours tell only their
-    noise. Without a trace a single trial's phases are taken to grow from the resident state with its rows, which is
-    more than they do; None with neither.
+    Without a trial that is what the process holds. With one it is the same at every size; with more, a line through the
+    largest and another well below it: neighbours tell only their noise. Without a trace a single trial's phases are
+    taken to grow from the resident state with its rows, which is more than they do; None with neither.
     """
     traced = tuple(sorted(traced, key=lambda t: t.micro_batch_size))
     completed = _one_of_each_size(t for t in trials if t.completed)
@@ -104,8 +103,6 @@ def fit(trials: Iterable[Trial], traced: Sequence[Traced] = (), process_bytes: i
         other = apart[-1] if apart else completed[0]
         lower, there = other.micro_batch_size, _beyond(other, traced)
     elif traced:
-        if not last.verified:  # what few steps of a small size did not take (a library's buffers), more will
-            here = {name: max(bytes_, float(process_bytes)) for name, bytes_ in here.items()}
         lower, there = 0, here
     else:
         lower, there = 0, dict.fromkeys(here, float(last.resident_bytes or 0))

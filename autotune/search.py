@@ -15,8 +15,8 @@ FINE = 10
 """A gain of less than one row in ten is not worth another trial."""
 SURE = 0.75
 """Share of the budget up to which the trace alone is believed: before any trial it was seen to be up to 15 % low."""
-EXPLORED = 0.98
-"""Share of the budget that is aimed at while all trials were short: more steps were seen to hold up to 2 % more."""
+EXPLORED = 0.99
+"""Share of the budget that is aimed at while all trials were short: more steps were seen to hold up to 3 % more."""
 TOO_SLOW = 8
 """A size that took too long is not approached again: the next has so many times fewer rows, and the first safe one ends
 it."""
