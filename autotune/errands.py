@@ -142,6 +142,8 @@ class Dry(Fact):
     micro_batch_size: PositiveInt
     verify: bool
     """Whether to take all dry steps, or those that tell where to look."""
+    budget_bytes: int
+    """What it should hold: a size that holds more after the first steps is not worth the others."""
     limit_bytes: int
     """What it may hold: on a GPU its allocator refuses more, as on a smaller card."""
     excerpt: Excerpt | None
@@ -151,6 +153,8 @@ class Dry(Fact):
 class DryReport(Fact):
     """The answer to `Dry`: bytes by phase, seconds by step."""
 
+    verified: bool
+    """Whether all dry steps were taken."""
     peak_bytes: int
     """On CUDA what the allocator reserved, context included; the phases say what of it was allocated."""
     phases: dict[str, int]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from autotune.account import AMPLE, process_bytes
+from autotune.account import AMPLE, process_bytes, state_bytes
 from autotune.batching import balanced_size
 from autotune.errands import Dry, Excerpt, TraceReport
 from autotune.evidence import Explored, MemoryModel, fit
 from autotune.measure import TIME_LIMIT_SECONDS
-from autotune.plan import Hardware, Trial, Workload
+from autotune.plan import CpuAllocator, Hardware, Trial, Workload
 from autotune.search import bracket, largest_predicted, largest_safe, next_size, sizes_to_trace
 
 SMALLER_SIZES = 4
@@ -23,8 +24,23 @@ NOT_TRACED = TraceReport(process_bytes=0, traced=())
 Trials = Iterator[Trial]
 TraceSizes = Callable[[Sequence[Workload], Hardware, tuple[int, ...]], list[TraceReport]]
 """Traces each workload at each size; the list ends before a workload that cannot be traced."""
-Measure = Callable[[Dry, Hardware, int | None, float | None], Trial]
-"""Takes dry steps: predicted peak in bytes, most seconds -> what happened. Recorded trials replay in its place."""
+
+
+class Measuring(Protocol):
+    """Traces, and takes dry steps: a machine with its workers, or what stands for one."""
+
+    def stand_by(self, hardware: Hardware, allocator: CpuAllocator) -> None:
+        """Make ready for dry steps under this setting of the allocator, which will be asked for later."""
+
+    def trace_sizes(
+        self, workloads: Sequence[Workload], hardware: Hardware, micro_batch_sizes: tuple[int, ...]
+    ) -> list[TraceReport]:
+        """Trace each workload at each size; the list ends before a workload that cannot be traced."""
+
+    def try_size(
+        self, errand: Dry, hardware: Hardware, predicted_peak_bytes: int | None, time_limit_seconds: float | None
+    ) -> Trial:
+        """Take dry steps, and say what happened."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +64,7 @@ class Exploration:
     sizes: Sequence[int]
     """Worth trying, rising; the last one is a rank's whole share."""
     timing: Timing | None
-    measure: Measure
-    trace_sizes: TraceSizes
+    measuring: Measuring
     report: TraceReport = NOT_TRACED
     tried: list[Trial] = field(default_factory=list)
     remembered: int = 0
@@ -101,11 +116,13 @@ class Exploration:
     def trace(self) -> None:
         """Trace the step, if that can be done and was not."""
         if not self.report.traced:
-            reports = self.trace_sizes([self.workload], self.hardware, sizes_to_trace(self.sizes[-1]))
+            reports = self.measuring.trace_sizes([self.workload], self.hardware, sizes_to_trace(self.sizes[-1]))
             self.report = reports[0] if reports else self.report
 
     def search(self) -> Trials:
         """Try sizes until the largest safe one is known; at glibc's fast setting as long as memory is ample."""
+        if not self.trials:
+            self.measuring.stand_by(self.hardware, self._likely_allocator)
         self.trace()
         while True:
             if self.workload.cpu_allocator == "fast" and not self._is_ample(self.sizes[-1]):
@@ -113,8 +130,10 @@ class Exploration:
             size = next_size(self.trials, self.budget_bytes, self.sizes, self.report.traced, self._process_bytes)
             if size is None:
                 return
-            # The first one may only tell where to look.
-            yield from self.try_size(size, verify=bool(self.trials) or size == self.predicted_largest)
+            verify = bool(self.trials) or size == self.predicted_largest
+            if not verify:  # it only tells where to look, and another will follow
+                self.measuring.stand_by(self.hardware, self.workload.cpu_allocator)
+            yield from self.try_size(size, verify=verify)
 
     def fix(self, rows: int) -> Trials:
         """Try this one size, however long it takes."""
@@ -143,11 +162,12 @@ class Exploration:
             device=self.hardware.device,
             micro_batch_size=rows,
             verify=verify,
+            budget_bytes=self.budget_bytes,
             limit_bytes=self.limit_bytes,
             excerpt=self._excerpt(rows) if verify else None,
         )
         predicted = model.peak_bytes(rows) if model else None
-        return self.measure(errand, self.hardware, predicted, time_limit_seconds)
+        return self.measuring.try_size(errand, self.hardware, predicted, time_limit_seconds)
 
     def _excerpt(self, rows: int) -> Excerpt | None:
         """Say what to time beside a size: real samples at it; and at smaller ones, if this is what would run."""
@@ -165,6 +185,14 @@ class Exploration:
         low, high = bracket(self.trials, self.budget_bytes)
         model, open_sizes = self.model, [size for size in self.sizes if low < size < high]
         return max(low, largest_predicted(model, self.budget_bytes, open_sizes) if model else 0)
+
+    @property
+    def _likely_allocator(self) -> CpuAllocator:
+        """What the trace will choose, guessed by the state and the logits, with their gradient, of all rows."""
+        work = self.workload
+        logits = 4 * self.sizes[-1] * work.tokens_per_row * work.vocabulary_size
+        ample = AMPLE_BY_TRACE * (state_bytes(work) + 2 * logits) <= self.budget_bytes
+        return work.cpu_allocator if ample else "tight"
 
     def _set_tight(self) -> None:
         self.workload = self.workload.model_copy(update={"cpu_allocator": "tight"})

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from autotune.cards import free_card_bytes
 from autotune.errands import Dry, DryReport, Trace, TraceReport
-from autotune.plan import Hardware, Outcome, Trial, Workload
+from autotune.plan import CpuAllocator, Hardware, Outcome, Trial, Workload
 from autotune.process import Worker, WorkerCrashedError, ask, held_bytes
 
 TIME_LIMIT_SECONDS = 600.0
@@ -45,13 +45,53 @@ def trace_sizes(
     return reports
 
 
+class Workers:
+    """This machine, by its workers; one may begin its imports before it is needed. Leaving the context ends those."""
+
+    def __init__(self) -> None:
+        self._standing_by: list[Worker] = []
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._standing_by:
+            with self._standing_by.pop():
+                pass
+
+    def stand_by(self, hardware: Hardware, allocator: CpuAllocator) -> None:
+        """Start a worker for dry steps that will be asked for later: its imports take longer than many a trial."""
+        self._standing_by.append(Worker(hardware.cores, allocator))
+
+    def trace_sizes(
+        self, workloads: Sequence[Workload], hardware: Hardware, micro_batch_sizes: tuple[int, ...]
+    ) -> list[TraceReport]:
+        """Trace each workload at each size."""
+        return trace_sizes(workloads, hardware, micro_batch_sizes)
+
+    def try_size(
+        self, errand: Dry, hardware: Hardware, predicted_peak_bytes: int | None, time_limit_seconds: float | None
+    ) -> Trial:
+        """Take dry steps with a worker that stands by, or a new one."""
+        worker = None
+        while self._standing_by and worker is None:
+            first = self._standing_by.pop(0)
+            if first.allocator == errand.workload.cpu_allocator:
+                worker = first
+            else:  # it was started for what the trace did not choose
+                with first:
+                    pass
+        return try_size(errand, hardware, predicted_peak_bytes, time_limit_seconds, worker)
+
+
 def try_size(
     errand: Dry,
     hardware: Hardware,
     predicted_peak_bytes: int | None = None,
     time_limit_seconds: float | None = TIME_LIMIT_SECONDS,
+    worker: Worker | None = None,
 ) -> Trial:
-    """Take the dry steps of one size, and say what happened.
+    """Take the dry steps of one size, by this worker or a new one, and say what happened.
 
     A worker that holds more than the limit on a processor is ended before the system's own killer has to. Death by
     signal 9 is the fact "does not fit". Raises WorkerCrashedError for any other death: that is a bug, not a size.
@@ -59,7 +99,8 @@ def try_size(
     report: DryReport | None = None
     outcome: Outcome | None = None
     message = ""
-    with Worker(errand, hardware.cores, errand.workload.cpu_allocator) as worker:
+    with worker or Worker(hardware.cores, errand.workload.cpu_allocator) as worker:
+        worker.give(errand)
         for event in worker.poll():
             if event is None:
                 if hardware.device == "cpu" and (held := held_bytes(worker.process_id)) > errand.limit_bytes:
@@ -88,7 +129,7 @@ def try_size(
         micro_batch_size=errand.micro_batch_size,
         cpu_allocator=errand.workload.cpu_allocator,
         gradient_checkpointing=errand.workload.gradient_checkpointing,
-        verified=errand.verify,
+        verified=known.verified if known else errand.verify,
         outcome=outcome or "completed",
         peak_bytes=known.peak_bytes if known else None,
         predicted_peak_bytes=predicted_peak_bytes,

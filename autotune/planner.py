@@ -9,10 +9,9 @@ from autotune.account import DRIFT, GIB, check_host, measured_account, state_byt
 from autotune.alternatives import CHECKPOINTING, advise, checkpointed, size_rows, what_would_fit
 from autotune.errors import NothingFitsError
 from autotune.evidence import Evidence, alike
-from autotune.explore import Exploration, Measure, Timing, TraceSizes, Trials
+from autotune.explore import Exploration, Measuring, Timing, Trials
 from autotune.forecast import beats, faster_size, forecast_run, measure_speed, seconds_per_sample
 from autotune.inputs import PlanInputs
-from autotune.measure import trace_sizes, try_size
 from autotune.plan import (
     SCHEMA,
     Alternative,
@@ -37,15 +36,9 @@ RECOMPUTING = 1 / 3
 class Planner:
     """Makes one plan: iterate `make` for the trials as they end, then read `plan` and `evidence`."""
 
-    def __init__(
-        self,
-        inputs: PlanInputs,
-        known: Evidence | None = None,
-        measure: Measure = try_size,
-        trace: TraceSizes = trace_sizes,
-    ) -> None:
+    def __init__(self, inputs: PlanInputs, measuring: Measuring, known: Evidence | None = None) -> None:
         self._inputs, self._hardware, self._request = inputs, inputs.hardware, inputs.request
-        self._measure, self._trace = measure, trace
+        self._measuring = measuring
         self.budget = inputs.budget
         self._known = known
         self._explorations = [self._explore(inputs.workload)]
@@ -111,8 +104,7 @@ class Planner:
             budget_bytes=round(self.budget.budget_bytes / (1 + DRIFT[self._hardware.device])),
             sizes=self._inputs.sizes,
             timing=timing,
-            measure=self._measure,
-            trace_sizes=self._trace,
+            measuring=self._measuring,
         )
         for explored in self._known.explored if self._known else ():
             if alike(explored.workload, workload):
@@ -185,7 +177,9 @@ class Planner:
             if faster is not None:
                 if not exploration.has_verified(faster):
                     yield from exploration.try_size(faster)
-                if is_safe(exploration.trial_of(faster), exploration.budget_bytes):
+                if any(
+                    t.micro_batch_size == faster and is_safe(t, exploration.budget_bytes) for t in exploration.trials
+                ):
                     return faster, "speed"
         return rows, self._inputs.limited_by(rows)
 
@@ -218,7 +212,11 @@ class Planner:
                 [
                     other
                     for other in what_would_fit(
-                        self._trace, workload, self._hardware, exploration.budget_bytes, exploration.sizes
+                        self._measuring.trace_sizes,
+                        workload,
+                        self._hardware,
+                        exploration.budget_bytes,
+                        exploration.sizes,
                     )
                     if len(self._explorations) == 1 or other.change != CHECKPOINTING  # which was tried, and did not fit
                 ]

@@ -1,10 +1,11 @@
-"""Starts a worker, streams its events, and knows how it ended. What the worker is asked and answers is not its affair.
+"""Starts a worker, hands it its errand, streams its events, and knows how it ended; what it is asked is not its affair.
 
 Every worker is started alike: same program, environment and threads, so that what is measured is what will run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -58,14 +59,15 @@ POLL_SECONDS = 0.02
 
 
 class Worker:
-    """One worker with one errand: iterate for its events, then ask how it ended. Leaving the context ends it."""
+    """One worker: give it its errand, iterate for its events, then ask how it ended. Leaving the context ends it.
 
-    def __init__(
-        self, errand: Errand, cores: int, allocator: CpuAllocator = "fast", log: IO[bytes] | None = None
-    ) -> None:
-        self._errand, self._own_log = errand, log is None
+    It starts at once, and imports what it needs while it waits for its errand.
+    """
+
+    def __init__(self, cores: int, allocator: CpuAllocator = "fast", log: IO[bytes] | None = None) -> None:
+        self.allocator, self._own_log = allocator, log is None
         self._log: IO[bytes] = log or TemporaryFile()  # noqa: SIM115 # closed when the worker is left
-        self._environment = {
+        environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, (str(HOME), os.environ.get("PYTHONPATH")))),
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as NVML, and so autotune.cards, counts
@@ -77,28 +79,29 @@ class Worker:
             "PYTHONUNBUFFERED": "1",
         }
         self._lines: queue.Queue[bytes | None] = queue.Queue()
-
-    def __enter__(self) -> Worker:
-        self._began = time.monotonic()
         # A session (on Windows a group) of its own: Ctrl-C in the terminal reaches us alone, and we tell the worker.
         self._process = subprocess.Popen(
             COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env=self._environment,
+            env=environment,
             start_new_session=True,
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(self._errand.model_dump_json(by_alias=True).encode())
-            self._process.stdin.close()
-        except BrokenPipeError:
-            pass  # it died at once; the exit code tells
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def __enter__(self) -> Worker:
         return self
+
+    def give(self, errand: Errand) -> None:
+        """Hand over what it was started for."""
+        self._began = time.monotonic()
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died at once; the exit code tells
+            self._process.stdin.write(errand.model_dump_json(by_alias=True).encode())
+            self._process.stdin.close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -107,7 +110,10 @@ class Worker:
             self._process.kill()
         self._process.wait()
         self._reader.join()
+        assert self._process.stdin is not None
         assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.stdout.close()
         if self._own_log:
             self._log.close()
@@ -145,7 +151,7 @@ class Worker:
 
     @property
     def seconds(self) -> float:
-        """Since it was started."""
+        """Since it was given its errand."""
         return time.monotonic() - self._began
 
     @property
@@ -181,7 +187,8 @@ class WorkerCrashedError(Exception):
 
 def ask(errand: Errand, cores: int) -> Iterator[Event]:
     """Run an errand that ends in a `result` event; yields its events, and raises if it ends without one."""
-    with Worker(errand, cores) as worker:
+    with Worker(cores) as worker:
+        worker.give(errand)
         answered = False
         for event in worker.events():
             answered |= event["event"] == "result"

@@ -16,6 +16,7 @@ from reports import Reports
 from autotune.errands import Recipe, TokenIds, Train
 from autotune.hardware import read_hardware
 from autotune.inputs import PlanInputs
+from autotune.measure import Workers
 from autotune.plan import Request, Workload
 from autotune.planner import Planner
 from autotune.process import Worker
@@ -32,13 +33,14 @@ def main() -> None:
         checkpointing="given", memory_limit_bytes=None, headroom=None, offline=False,
     )  # fmt: skip
     workload = Workload.model_validate(errand["workload"])
-    planner = Planner(PlanInputs(workload, read_hardware(Path()), request, recipe, None, None))
-    for trial in planner.make():
-        report("forward", trial.micro_batch_size)
-        for _ in trial.timings:
-            report("step")
-        if trial.outcome == "out_of_memory":
-            report("out_of_memory")
+    with Workers() as workers:
+        planner = Planner(PlanInputs(workload, read_hardware(Path()), request, recipe, None, None), workers)
+        for trial in planner.make():
+            report("forward", trial.micro_batch_size)
+            for _ in trial.timings:
+                report("step")
+            if trial.outcome == "out_of_memory":
+                report("out_of_memory")
     plan = planner.plan
     assert plan is not None
     report("found", plan.batching.largest_safe_micro_batch_size)
@@ -48,7 +50,8 @@ def main() -> None:
         plan=plan, recipe=recipe, store=f"{folder}/store", validation_store=None, tokenizer_dir=f"{folder}/tokenizer",
         ids=TokenIds(pad=0, eos=1, bos=None), output_dir=f"{folder}/run",
     )  # fmt: skip
-    with Worker(train, plan.hardware.cores, plan.workload.cpu_allocator) as worker:
+    with Worker(plan.hardware.cores, plan.workload.cpu_allocator) as worker:
+        worker.give(train)
         for event in worker.events():
             if event["event"] == "metrics" and event["row"]["kind"] == "train":
                 report("step")

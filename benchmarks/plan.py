@@ -37,7 +37,7 @@ from autotune.errands import Dry, Recipe, TokenIds, TraceReport, Train
 from autotune.evidence import fit
 from autotune.hardware import read_hardware
 from autotune.inputs import PlanInputs
-from autotune.measure import trace_sizes, try_size
+from autotune.measure import Workers, trace_sizes, try_size
 from autotune.plan import Hardware, Plan, Request, Trial, Workload
 from autotune.planner import Planner
 from autotune.process import Worker
@@ -244,9 +244,10 @@ def at_limit(case: Case, work: Workload, hardware: Hardware, limit: int, folder:
         effective_batch_size=SHARE, micro_batch_size=None, prefer="largest", checkpointing="given",
         memory_limit_bytes=limit, headroom=None, offline=False,
     )  # fmt: skip
-    planner = Planner(PlanInputs(work, hardware, request, RECIPE, None, None))
     began = time.perf_counter()
-    list(planner.make())
+    with Workers() as workers:
+        planner = Planner(PlanInputs(work, hardware, request, RECIPE, None, None), workers)
+        list(planner.make())
     plan_seconds = time.perf_counter() - began
     plan, evidence = planner.plan, planner.evidence
     assert plan is not None
@@ -284,8 +285,8 @@ def bisect(work: Workload, hardware: Hardware, budget: int, limit: int) -> tuple
     def trial(rows: int) -> Trial:
         return try_size(
             Dry(
-                workload=work, device=hardware.device, micro_batch_size=rows, verify=True, limit_bytes=limit,
-                excerpt=None,
+                workload=work, device=hardware.device, micro_batch_size=rows, verify=True, budget_bytes=limit,
+                limit_bytes=limit, excerpt=None,
             ),
             hardware,
         )  # fmt: skip
@@ -331,7 +332,8 @@ def train(plan: Plan, folder: Path, shares: tuple[float, ...]) -> int:
         validation_store=str(folder / "validation"), tokenizer_dir=str(folder / "tokenizer"),
         ids=TokenIds(pad=0, eos=1, bos=None), output_dir=str(folder / "run"),
     )  # fmt: skip
-    with Worker(errand, plan.hardware.cores, work.cpu_allocator) as worker:
+    with Worker(plan.hardware.cores, work.cpu_allocator) as worker:
+        worker.give(errand)
         rows_seen = [event["row"] for event in worker.events() if event["event"] == "metrics"]
         assert sum(row["kind"] == "train" for row in rows_seen) == STEPS, worker.last_words()
     return max(int(row["peak_memory_bytes"]) for row in rows_seen if "peak_memory_bytes" in row)

@@ -23,7 +23,7 @@ from autotune.estimate import estimate
 from autotune.evidence import alike
 from autotune.hardware import imagine_hardware, read_hardware
 from autotune.levers import Varied, measured_rates, vary
-from autotune.measure import trace_sizes
+from autotune.measure import Workers, trace_sizes
 from autotune.plan import Hardware, Plan, Rates, Workload
 from autotune.planner import Planner
 from autotune.process import Worker, WorkerCrashedError, ask
@@ -220,13 +220,14 @@ def _decide(resolved: Resolved, remembering: Remembering, *, search: bool, demo:
     inputs = make_inputs(settings, facts, hardware, request)
     key = (cache_dir(), inputs.workload, hardware, request)
     known = cache.recall(*key) if remembering.cache else None
-    planner = Planner(inputs, known)
     if known is not None:
         say("this was planned here before: what was measured then is held against what is free now")
     elif search:
         say("tracing the step, to know what will fit")
-    for trial in planner.make():
-        say(trial_line(trial, hardware.device))
+    with Workers() as workers:
+        planner = Planner(inputs, workers, known)
+        for trial in planner.make():
+            say(trial_line(trial, hardware.device))
     cache.keep(*key, planner.evidence)
     if (
         search
@@ -287,10 +288,11 @@ def _train(job: Job, folder: Path) -> None:
     allocator = job.plan.workload.cpu_allocator
     with (
         (folder / "log.txt").open("w+b") as log,
-        Worker(errand, job.hardware.cores, allocator, log) as worker,
+        Worker(job.hardware.cores, allocator, log) as worker,
         _signals_to(worker) as signals,
         RunProgress() as progress,
     ):
+        worker.give(errand)
         for event in worker.events():
             if event["event"] == "metrics":
                 progress.show(event["row"])

@@ -15,7 +15,7 @@ from test_planner import PROCESSOR
 from tiny_models import workload
 
 from autotune.errands import DRY_LENGTHS, EXPLORING_LENGTHS, Dry, Excerpt
-from autotune.measure import _wait_for_memory, try_size
+from autotune.measure import Workers, _wait_for_memory, try_size
 from autotune.plan import Trial, Workload
 from trainer.data import write_store
 from trainer.encode import Sample
@@ -27,11 +27,26 @@ WORK = workload("llama", model="tiny", vocabulary_size=6400, max_seq_len=128, cp
 def tried(
     rows: int, limit_bytes: int = 8 * GIB, work: Workload = WORK, excerpt: Excerpt | None = None, **how: Any
 ) -> Trial:
-    verify = how.pop("verify", True)
-    errand = Dry(
-        workload=work, device="cpu", micro_batch_size=rows, verify=verify, limit_bytes=limit_bytes, excerpt=excerpt
+    return try_size(errand(rows, limit_bytes, work, excerpt, how.pop("verify", True)), PROCESSOR, **how)
+
+
+def errand(
+    rows: int,
+    limit_bytes: int = 8 * GIB,
+    work: Workload = WORK,
+    excerpt: Excerpt | None = None,
+    verify: bool = True,
+    budget_bytes: int = 8 * GIB,
+) -> Dry:
+    return Dry(
+        workload=work,
+        device="cpu",
+        micro_batch_size=rows,
+        verify=verify,
+        budget_bytes=budget_bytes,
+        limit_bytes=limit_bytes,
+        excerpt=excerpt,
     )
-    return try_size(errand, PROCESSOR, **how)
 
 
 def test_a_size_that_fits_tells_peaks_and_times() -> None:
@@ -72,6 +87,35 @@ def test_a_trial_that_only_tells_where_to_look_takes_few_steps() -> None:
     trial = tried(2, verify=False)
     assert [t.padded_tokens for t in trial.timings] == [round(2 * 128 * share) for share in EXPLORING_LENGTHS]
     assert not trial.verified
+
+
+def test_a_size_over_the_budget_is_left_after_the_steps_that_tell_so(tmp_path: Path) -> None:
+    write_store([Sample(list(range(2, 40)), [(1, 38)])] * 32, tmp_path, "causal", WORK.vocabulary_size)
+    excerpt = Excerpt(store=str(tmp_path), seed=42, sizes=(2,))
+    within, over = (try_size(errand(2, excerpt=excerpt, budget_bytes=b * GIB), PROCESSOR) for b in (8, 0))
+    assert (len(within.timings), len(over.timings)) == (len(DRY_LENGTHS), len(EXPLORING_LENGTHS))
+    assert (within.verified, over.verified) == (True, False)
+    assert (len(within.timed), len(over.timed)) == (1, 0)
+    assert over.completed
+    assert over.peak_bytes == pytest.approx(within.peak_bytes, rel=0.03)
+    assert over.phases.keys() == within.phases.keys()
+
+
+def test_a_worker_that_stands_by_takes_the_next_dry_steps_and_none_is_left() -> None:
+    """Under the allocator's setting it was started for; what was started for the other one is ended."""
+    with Workers() as workers:
+        for allocator in ("fast", "tight", "tight"):
+            workers.stand_by(PROCESSOR, allocator)
+        started = _workers()
+        assert len(started) == 3
+        trial = workers.try_size(errand(2, verify=False), PROCESSOR, None, None)
+        assert trial.completed
+        assert _workers() == started[2:], "the first of the right setting took it, and those before it are gone"
+    assert _workers() == []
+
+
+def _workers() -> list[int]:
+    return [child.pid for child in psutil.Process().children() if "trainer.worker" in child.cmdline()]
 
 
 def test_more_rows_hold_more() -> None:

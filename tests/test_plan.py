@@ -332,7 +332,15 @@ EXCERPT = Excerpt(store="/cache/tokens/5f0c", seed=42, sizes=(4, 2))
 ERRANDS = [
     PREPROCESS,
     Trace(device="cpu", fast_bf16=True, workloads=(workload(),), micro_batch_sizes=(1, 4)),
-    Dry(workload=workload(), device="cpu", micro_batch_size=4, verify=True, limit_bytes=GIB, excerpt=EXCERPT),
+    Dry(
+        workload=workload(),
+        device="cpu",
+        micro_batch_size=4,
+        verify=True,
+        budget_bytes=GIB,
+        limit_bytes=GIB,
+        excerpt=EXCERPT,
+    ),
     Train(
         plan=plan(),
         recipe=RECIPE,
@@ -347,6 +355,7 @@ ANSWERS = [
     preprocessed(tokenizer_dir="/cache/tokenizer", tokenizer_fingerprint="5f0c", ids=IDS, data=DATA),
     TraceReport(process_bytes=MIB, traced=(traced(1, {"forward_backward": GIB}),)),
     DryReport(
+        verified=True,
         peak_bytes=GIB,
         phases={"forward_backward": GIB},
         resident_bytes=MIB,

@@ -18,7 +18,7 @@ from autotune.errors import NothingFitsError
 from autotune.evidence import Evidence
 from autotune.inputs import PlanInputs
 from autotune.measure import TIME_LIMIT_SECONDS
-from autotune.plan import Hardware, Plan, Request, Timed, Timing, Trial, Workload
+from autotune.plan import CpuAllocator, Hardware, Plan, Request, Timed, Timing, Trial, Workload
 from autotune.planner import Planner
 
 MIB = 2**20
@@ -41,13 +41,17 @@ class Machine:
         self.host_bytes = GIB
         self.tried: list[tuple[str, int]] = []
         self.time_limits: list[float | None] = []
+        self.standing_by: list[CpuAllocator] = []
 
-    def measure(self, errand: Dry, hardware: Hardware, predicted: int | None, seconds: float | None) -> Trial:
+    def stand_by(self, hardware: Hardware, allocator: CpuAllocator) -> None:
+        self.standing_by.append(allocator)
+
+    def try_size(self, errand: Dry, hardware: Hardware, predicted: int | None, seconds: float | None) -> Trial:
         work, rows, excerpt = errand.workload, errand.micro_batch_size, errand.excerpt
         self.tried.append((work.cpu_allocator, rows))
         self.time_limits.append(seconds)
         peak = round((self.fixed + self.grown(work, rows)) * (1.3 if work.cpu_allocator == "fast" else 1.0))
-        fits = peak <= errand.limit_bytes
+        fits, verified = peak <= errand.limit_bytes, errand.verify and peak <= errand.budget_bytes
         tokens, took = rows * work.tokens_per_row, rows * self.seconds_per_row(rows)
         return Trial(
             micro_batch_size=rows,
@@ -61,7 +65,7 @@ class Machine:
             host_peak_bytes=self.host_bytes if fits else None,
             timings=tuple(
                 Timing(padded_tokens=round(tokens * s), seconds=took * s, update_seconds=0)
-                for s in (DRY_LENGTHS if errand.verify else EXPLORING_LENGTHS)
+                for s in (DRY_LENGTHS if verified else EXPLORING_LENGTHS)
             ),
             timed=tuple(
                 Timed(
@@ -70,11 +74,11 @@ class Machine:
                     padded_tokens=(24 * rows,) * 3,
                     seconds=(rows * self.seconds_per_row(size),) * 3,
                 )
-                for size in (excerpt.sizes if excerpt else ())
+                for size in (excerpt.sizes if excerpt and verified else ())
             ),
-            verified=errand.verify,
+            verified=verified,
             evaluation_seconds=took / 4,
-            expected_peak_bytes=peak if excerpt and fits else None,
+            expected_peak_bytes=peak if excerpt and verified else None,
             seconds=1.0,
             message="" if fits else "no more",
         )
@@ -83,7 +87,9 @@ class Machine:
         checkpointed = 0.25 if work.gradient_checkpointing == "on" else 1.0
         return self.per_row * rows * checkpointed * work.max_seq_len / 32
 
-    def trace(self, workloads: Sequence[Workload], hardware: Hardware, sizes: tuple[int, ...]) -> list[TraceReport]:
+    def trace_sizes(
+        self, workloads: Sequence[Workload], hardware: Hardware, sizes: tuple[int, ...]
+    ) -> list[TraceReport]:
         return [self.report(work, sizes) for work in workloads]
 
     def report(self, work: Workload, sizes: tuple[int, ...]) -> TraceReport:
@@ -123,7 +129,7 @@ def planner_on(machine: Machine, hardware: Hardware = CARD, **changes: Any) -> P
     data, validation, work = values.pop("data"), values.pop("validation", None), values.pop("work")
     known = values.pop("known", None)
     inputs = PlanInputs(work, hardware, Request(**values), facts.recipe(epochs=2), data, validation)
-    return Planner(inputs, known, machine.measure, machine.trace)
+    return Planner(inputs, machine, known)
 
 
 def data_of(samples: int) -> DataSummary:
@@ -216,7 +222,7 @@ def test_a_search_has_a_time_limit_and_a_size_the_user_fixed_has_none() -> None:
 
 def test_one_row_that_takes_too_long_is_not_told_as_lack_of_memory() -> None:
     class Slow(Machine):
-        def measure(self, errand: Dry, *_: Any) -> Trial:
+        def try_size(self, errand: Dry, *_: Any) -> Trial:
             return facts.out_of_memory(errand.micro_batch_size, outcome="timed_out", message="not done after 600 s")
 
     with pytest.raises(NothingFitsError, match="too slow for this machine: not done after 600 s"):
@@ -225,8 +231,8 @@ def test_one_row_that_takes_too_long_is_not_told_as_lack_of_memory() -> None:
 
 def test_a_size_that_takes_too_long_is_not_tried_again_nor_taken_for_lack_of_memory() -> None:
     class Slow(Machine):
-        def measure(self, errand: Dry, *rest: Any) -> Trial:
-            trial, rows = super().measure(errand, *rest), errand.micro_batch_size
+        def try_size(self, errand: Dry, *rest: Any) -> Trial:
+            trial, rows = super().try_size(errand, *rest), errand.micro_batch_size
             if rows < 7:
                 return trial
             return facts.out_of_memory(rows, outcome="timed_out", cpu_allocator=errand.workload.cpu_allocator)
@@ -320,8 +326,8 @@ def test_a_size_the_user_fixed_is_checkpointed_only_where_it_does_not_fit_withou
 class Started(Machine):
     """A machine where each micro-batch takes a second to begin, and little more; recomputing takes a third more."""
 
-    def measure(self, errand: Dry, *rest: Any) -> Trial:
-        trial = super().measure(errand, *rest)
+    def try_size(self, errand: Dry, *rest: Any) -> Trial:
+        trial = super().try_size(errand, *rest)
         longer = 4 / 3 if errand.workload.gradient_checkpointing == "on" else 1.0
         timings = tuple(t.model_copy(update={"seconds": longer * (1 + t.seconds)}) for t in trial.timings)
         return trial.model_copy(update={"timings": timings})
@@ -430,9 +436,9 @@ def test_whatever_was_planned_before_the_plan_is_what_a_fresh_one_would_be(
 
 def test_a_size_that_was_too_slow_once_is_not_so_for_ever() -> None:
     class Slow(Machine):
-        def measure(self, errand: Dry, *rest: Any) -> Trial:
+        def try_size(self, errand: Dry, *rest: Any) -> Trial:
             if errand.micro_batch_size < 7:
-                return super().measure(errand, *rest)
+                return super().try_size(errand, *rest)
             return facts.out_of_memory(errand.micro_batch_size, outcome="timed_out")
 
     known = planned(Slow(GIB, MIB)).evidence
@@ -456,8 +462,8 @@ def test_a_refusal_speaks_of_one_row_whatever_else_is_known() -> None:
 
 def test_a_row_that_is_too_slow_is_not_tried_slower_still() -> None:
     class Slow(Machine):
-        def measure(self, errand: Dry, *rest: Any) -> Trial:
-            super().measure(errand, *rest)
+        def try_size(self, errand: Dry, *rest: Any) -> Trial:
+            super().try_size(errand, *rest)
             return facts.out_of_memory(errand.micro_batch_size, outcome="timed_out", message="not done after 600 s")
 
     machine = Slow(GIB, MIB)
@@ -479,7 +485,7 @@ def test_recorded_evidence_replays_to_the_same_plan() -> None:
     recorded = {(t.cpu_allocator, t.micro_batch_size, t.verified): t for t in explored.trials}
 
     class Recording(Machine):
-        def measure(self, errand: Dry, *_: Any) -> Trial:
+        def try_size(self, errand: Dry, *_: Any) -> Trial:
             return recorded[errand.workload.cpu_allocator, errand.micro_batch_size, errand.verify]
 
         def report(self, *_: Any) -> TraceReport:
@@ -490,7 +496,7 @@ def test_recorded_evidence_replays_to_the_same_plan() -> None:
 
 def test_a_model_that_cannot_be_traced_is_planned_by_dry_steps_alone() -> None:
     class Opaque(Machine):
-        def trace(self, *_: Any) -> list[TraceReport]:
+        def trace_sizes(self, *_: Any) -> list[TraceReport]:
             return []
 
     for machine, hardware in ((Opaque(GIB, 240 * MIB), CARD), (Opaque(GIB, 200 * MIB), PROCESSOR)):
@@ -517,8 +523,8 @@ def test_an_erratic_size_is_not_promised_and_those_beside_it_are() -> None:
     """Memory need not be monotone: what runs is what was measured to be safe."""
 
     class Erratic(Machine):
-        def measure(self, errand: Dry, *rest: Any) -> Trial:
-            trial = super().measure(errand, *rest)
+        def try_size(self, errand: Dry, *rest: Any) -> Trial:
+            trial = super().try_size(errand, *rest)
             return trial.model_copy(update={"peak_bytes": 7 * GIB}) if errand.micro_batch_size == 20 else trial
 
     plan = plan_on(Erratic(GIB, 245 * MIB), prefer="largest", effective_batch_size=120)

@@ -37,7 +37,15 @@ def errand(tmp_path: Path, model: str = "tiny", data: tuple[str, ...] | None = N
 
 def dry(rows: int = 2, **changes: object) -> Dry:
     work = workload("llama", **({"model": "tiny"} | changes))
-    return Dry(workload=work, device="cpu", micro_batch_size=rows, verify=True, limit_bytes=2**40, excerpt=None)
+    return Dry(
+        workload=work,
+        device="cpu",
+        micro_batch_size=rows,
+        verify=True,
+        budget_bytes=2**40,
+        limit_bytes=2**40,
+        excerpt=None,
+    )
 
 
 def test_an_errand_is_answered(tmp_path: Path) -> None:
@@ -65,18 +73,21 @@ def test_a_file_called_like_our_rooms_in_the_users_folder_is_not_run(
 
 
 def test_leaving_a_worker_ends_it() -> None:
-    with Worker(dry(rows=512), cores=1) as worker:
+    with Worker(cores=1) as worker:
+        worker.give(dry(rows=512))
         process = psutil.Process(worker.process_id)
         assert process.is_running()
     assert not psutil.pid_exists(process.pid)
 
 
-def test_a_worker_dies_with_its_supervisor() -> None:
+@pytest.mark.parametrize("busy", [True, False], ids=["at work", "waiting for its errand"])
+def test_a_worker_dies_with_its_supervisor(busy: bool) -> None:
     program = (
         "import sys, time\n"
         "from autotune.errands import ERRAND\n"
         "from autotune.process import Worker\n"
-        "with Worker(ERRAND.validate_json(sys.argv[1]), cores=1) as worker:\n"
+        "with Worker(cores=1) as worker:\n"
+        f"    {busy} and worker.give(ERRAND.validate_json(sys.argv[1]))\n"
         "    print(worker.process_id, flush=True)\n"
         "    time.sleep(60)\n"
     )
@@ -89,7 +100,8 @@ def test_a_worker_dies_with_its_supervisor() -> None:
     )
     assert supervisor.stdout is not None
     worker = psutil.Process(int(supervisor.stdout.readline()))
-    _wait_until(lambda: _oom_score(worker.pid) == 1000)  # it has read its errand
+    if busy:
+        _wait_until(lambda: _oom_score(worker.pid) == 1000)  # it has read its errand
     supervisor.kill()
     supervisor.wait()
     supervisor.stdout.close()
@@ -109,11 +121,13 @@ def _wait_until(holds: object, seconds: float = 30) -> None:
 
 
 def test_death_by_signal_9_is_told_from_other_ends() -> None:
-    with Worker(dry(rows=512), cores=1) as worker:
+    with Worker(cores=1) as worker:
+        worker.give(dry(rows=512))
         os.kill(worker.process_id, signal.SIGKILL)
         assert list(worker.events()) == []
         assert worker.was_killed
-    with Worker(dry(model="nonsense"), cores=1) as worker:
+    with Worker(cores=1) as worker:
+        worker.give(dry(model="nonsense"))
         with pytest.raises(ConfigurationError):
             list(worker.events())
         assert worker.exit_code == ConfigurationError.exit_code
@@ -124,7 +138,8 @@ def test_the_worker_gets_the_allocator_and_the_threads_of_the_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    with Worker(dry(rows=512), cores=2, allocator="tight") as worker:
+    with Worker(cores=2, allocator="tight") as worker:
+        worker.give(dry(rows=512))
         _wait_until(lambda: _oom_score(worker.process_id) == 1000)
         environment = psutil.Process(worker.process_id).environ()
         assert held_bytes(worker.process_id) > 10 * 2**20

@@ -144,7 +144,15 @@ def test_the_trace_and_the_process_are_what_is_measured(preset: str) -> None:
     family = "t5" if preset == "tiny-t5" else "llama"
     work = workload(family, model=preset, precision="bf16", cpu_allocator="tight", **lengths)
     (report,) = trace_sizes([work], PROCESSOR, (16,))
-    errand = Dry(workload=work, device="cpu", micro_batch_size=16, verify=True, limit_bytes=8 * GIB, excerpt=None)
+    errand = Dry(
+        workload=work,
+        device="cpu",
+        micro_batch_size=16,
+        verify=True,
+        budget_bytes=8 * GIB,
+        limit_bytes=8 * GIB,
+        excerpt=None,
+    )
     trial = try_size(errand, PROCESSOR)
     assert trial.peak_bytes == pytest.approx(report.process_bytes + peak(report.traced[0]), rel=0.15)
 

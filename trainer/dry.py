@@ -21,6 +21,7 @@ from trainer.microbatch import SpecialTokens, WorstCase, collate, lay_out, targe
 from trainer.model import build_for
 from trainer.step import TrainState, accumulate, start, update
 
+NO_SPECIAL = SpecialTokens(0, 0)
 LEARNING_RATE = 1e-4
 CLIP = 1.0
 REPEATS = 3
@@ -35,7 +36,8 @@ TIMED_SECONDS = 5.0
 def take_dry_steps(errand: Dry) -> DryReport:
     """Build the model, take the steps and one evaluation batch; the peak of each phase is its highest over all steps.
 
-    A first step is no guide: the optimizer's moments are made in it, and held in all later ones.
+    A first step is no guide: the optimizer's moments are made in it, and held in all later ones. Once those that tell
+    where to look have held more than the budget, no other is taken.
     """
     workload, device = errand.workload, torch.device(errand.device)
     if device.type == "cuda":
@@ -48,51 +50,57 @@ def take_dry_steps(errand: Dry) -> DryReport:
     # What is held while a micro-batch runs, whatever its size: gradients and two moments come to what there is now.
     resident = meter.held_bytes() + 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
     state = start(model, weight_decay=0.1, precision=workload.precision)
-    special = SpecialTokens(0, 0)
-    ids, timings = range(errand.micro_batch_size), []
+    timings: list[Timing] = []
     for share in DRY_LENGTHS if errand.verify else EXPLORING_LENGTHS:
-        samples = WorstCase(workload, share)
-        batch = collate(ids, samples, workload, special)
-        targets = DRY_MICRO_BATCHES * target_count(ids, samples)
-        # The step that `train_step` takes, its two phases apart; reading a result waits for the device.
-        prepare_heap(device, workload.cpu_allocator)
-        with account.phase("forward_backward"):
-            accumulate(state, [batch] * DRY_MICRO_BATCHES, targets, workload.precision).item()
-        with account.phase("optimizer"):
-            update(state, workload.precision, LEARNING_RATE, CLIP).item()
-        timings.append(
-            Timing(
-                padded_tokens=batch.padded_tokens,
-                seconds=account.seconds["forward_backward"] / DRY_MICRO_BATCHES,
-                update_seconds=account.seconds["optimizer"],
-            )
-        )
-    prepare_heap(device, workload.cpu_allocator)
-    with account.phase("evaluation"):
-        total_loss(model, [batch], workload.precision, device).item()
-    timed = _time(state, errand)
-    if device.type == "cpu" and workload.cpu_allocator == "fast" and errand.excerpt is not None:
-        expected: int | None = account.peak_bytes  # such a heap comes to its worst case, and keeps it
-    else:
-        expected = _expected_peak(state, errand, meter)
+        if len(timings) >= len(EXPLORING_LENGTHS) and account.peak_bytes > errand.budget_bytes:
+            break
+        timings.append(_step(state, errand, share, account))
+    _evaluate(state, errand, account)
+    verified, peak = len(timings) == len(DRY_LENGTHS), account.peak_bytes
+    store = TokenStore(Path(errand.excerpt.store)) if errand.excerpt and verified else None
     return DryReport(
-        peak_bytes=account.peak_bytes,
+        verified=verified,
+        peak_bytes=peak,
         phases=account.phases,
         resident_bytes=resident,
         host_peak_bytes=account.host_peak_bytes,
         timings=tuple(timings),
-        timed=timed,
+        timed=_time(state, errand, store) if store else (),
         evaluation_seconds=account.seconds["evaluation"],
-        expected_peak_bytes=expected,
+        expected_peak_bytes=_expected_peak(state, errand, store, meter, peak) if store else None,
     )
 
 
-def _time(state: TrainState, errand: Dry) -> tuple[Timed, ...]:
+def _step(state: TrainState, errand: Dry, share: float, account: Account) -> Timing:
+    """Take the step that `train_step` takes, its two phases apart, on rows of this share of the worst-case length."""
+    workload, samples, ids = errand.workload, WorstCase(errand.workload, share), range(errand.micro_batch_size)
+    batch = collate(ids, samples, workload, NO_SPECIAL)
+    targets = DRY_MICRO_BATCHES * target_count(ids, samples)
+    prepare_heap(account.device, workload.cpu_allocator)
+    with account.phase("forward_backward"):  # reading a result waits for the device
+        accumulate(state, [batch] * DRY_MICRO_BATCHES, targets, workload.precision).item()
+    with account.phase("optimizer"):
+        update(state, workload.precision, LEARNING_RATE, CLIP).item()
+    return Timing(
+        padded_tokens=batch.padded_tokens,
+        seconds=account.seconds["forward_backward"] / DRY_MICRO_BATCHES,
+        update_seconds=account.seconds["optimizer"],
+    )
+
+
+def _evaluate(state: TrainState, errand: Dry, account: Account) -> None:
+    """Take the loss of one worst-case batch, as an evaluation does."""
+    workload = errand.workload
+    batch = collate(range(errand.micro_batch_size), WorstCase(workload, 1.0), workload, NO_SPECIAL)
+    prepare_heap(account.device, workload.cpu_allocator)
+    with account.phase("evaluation"):
+        total_loss(state.model, [batch], workload.precision, account.device).item()
+
+
+def _time(state: TrainState, errand: Dry, store: TokenStore) -> tuple[Timed, ...]:
     """Time real samples, cut into micro-batches of each size in turn: what slows one repeat slows all sizes in it."""
-    if errand.excerpt is None:
-        return ()
-    store, samples = TokenStore(Path(errand.excerpt.store)), errand.micro_batch_size
-    samples *= ceil(TIMED_SAMPLES / samples)
+    assert errand.excerpt is not None
+    samples = errand.micro_batch_size * ceil(TIMED_SAMPLES / errand.micro_batch_size)
     ids = np.resize(order(len(store), errand.excerpt.seed, 0), REPEATS * samples)
     first, *others = ids.reshape(REPEATS, samples)
     taken: dict[int, list[tuple[int, float]]] = {}
@@ -114,16 +122,16 @@ def _run(state: TrainState, errand: Dry, ids: Any, rows: int, store: TokenStore)
     """Run forward and backward of some samples; return the tokens that they were padded to, and the seconds."""
     began = time.perf_counter()
     prepare_heap(state.loss_scale.device, errand.workload.cpu_allocator)
-    batches = lay_out(ids, rows, store, errand.workload, SpecialTokens(0, 0))
+    batches = lay_out(ids, rows, store, errand.workload, NO_SPECIAL)
     accumulate(state, batches, target_count(ids, store), errand.workload.precision).item()
     return sum(batch.padded_tokens for batch in batches), time.perf_counter() - began
 
 
-def _expected_peak(state: TrainState, errand: Dry, meter: PeakMeter) -> int | None:
+def _expected_peak(state: TrainState, errand: Dry, store: TokenStore, meter: PeakMeter, worst_case: int) -> int:
     """Measure the micro-batches of a run's beginning that are padded to most tokens and that have most targets."""
-    if errand.excerpt is None:
-        return None
-    store = TokenStore(Path(errand.excerpt.store))
+    assert errand.excerpt is not None
+    if errand.device == "cpu" and errand.workload.cpu_allocator == "fast":
+        return worst_case  # such a heap comes to it, and keeps it
     rows = min(errand.micro_batch_size, len(store))
     whole = max(rows, min(len(store), BEGINNING_SAMPLES) // rows * rows)
     cuts: Any = order(len(store), errand.excerpt.seed, 0)[:whole].reshape(-1, rows)
@@ -151,7 +159,7 @@ class Account:
     """The highest peak of each phase over all steps, and the seconds that each took the last time."""
 
     def __init__(self, meter: PeakMeter) -> None:
-        self._meter = meter
+        self._meter, self.device = meter, meter.device
         self.peak_bytes = meter.peak_bytes()
         self.host_peak_bytes = meter.host_peak_bytes()
         self.phases = {"start": meter.allocated_peak_bytes()}

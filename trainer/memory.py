@@ -24,7 +24,7 @@ class PeakMeter:
     """Measures the peak since its last reset, in bytes."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._used_before = _device_used() if device.type == "cuda" else 0
         self._context_peak_bytes = 0
         self._file_bytes = 0
@@ -32,7 +32,7 @@ class PeakMeter:
 
     def reset(self) -> None:
         """Start a new peak at what is held now."""
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         # Where this is not Linux, or not permitted, the mark only rises, which errs to the safe side.
         with contextlib.suppress(OSError):
@@ -41,13 +41,13 @@ class PeakMeter:
 
     def peak_bytes(self) -> int:
         """Return the peak on the device: reserved by the allocator plus the context on CUDA, host memory on a CPU."""
-        if self._device.type != "cuda":
+        if self.device.type != "cuda":
             return self.host_peak_bytes()
         return int(torch.cuda.max_memory_reserved()) + self._context_bytes()
 
     def allocated_peak_bytes(self) -> int:
         """Return the peak of what was live: on CUDA less than `peak_bytes`, whose allocator keeps what was freed."""
-        if self._device.type != "cuda":
+        if self.device.type != "cuda":
             return self.host_peak_bytes()
         return int(torch.cuda.max_memory_allocated()) + self._context_bytes()
 
@@ -61,7 +61,7 @@ class PeakMeter:
 
     def held_bytes(self) -> int:
         """Return what is held now, counted as the peak is."""
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             return int(torch.cuda.memory_allocated()) + self._context_bytes()
         status = _status()
         if not {"RssAnon", "RssShmem"} <= status.keys():
