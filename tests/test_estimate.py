@@ -20,7 +20,7 @@ def estimated(machine: Machine, hardware: Hardware = CARD, **changes: Any) -> Pl
     data, rates = changes.pop("data", None), changes.pop("rates", None)
     request = facts.request(**{"effective_batch_size": 240, "checkpointing": "given"} | changes)
     work = tiny_models.workload("llama", cpu_allocator="tight")
-    return estimate(PlanInputs(work, hardware, request, facts.recipe(epochs=2), data, None), rates, machine.trace)
+    return estimate(PlanInputs(work, hardware, request, facts.recipe(epochs=2), data, None), rates, machine.trace_sizes)
 
 
 def test_an_estimate_tries_nothing_and_says_what_the_trace_lets_fit() -> None:
@@ -47,7 +47,7 @@ def test_an_estimate_keeps_a_size_that_was_given_and_refuses_what_would_not_fit(
 
 def test_a_model_that_cannot_be_traced_cannot_be_estimated() -> None:
     class Opaque(Machine):
-        def trace(self, *_: Any) -> list[TraceReport]:
+        def trace_sizes(self, *_: Any) -> list[TraceReport]:
             return []
 
     with pytest.raises(ConfigurationError, match="cannot be traced"):

@@ -26,12 +26,12 @@ def test_each_scene_is_the_estimate_of_its_own_and_all_are_traced_at_once() -> N
     asked: list[int] = []
 
     class Counting(Working):
-        def trace(self, workloads: Any, *rest: Any) -> Any:
+        def trace_sizes(self, workloads: Any, *rest: Any) -> Any:
             asked.append(len(workloads))
-            return super().trace(workloads, *rest)
+            return super().trace_sizes(workloads, *rest)
 
     machine = Counting(GIB, 240 * MIB)
-    long, short = vary({"32": scene(), "16": scene(max_seq_len=16)}, lambda _: RATES, machine.trace)
+    long, short = vary({"32": scene(), "16": scene(max_seq_len=16)}, lambda _: RATES, machine.trace_sizes)
     assert asked == [2]
     assert (long.change, short.change) == ("32", "16")
     assert long.plan is not None
@@ -41,7 +41,7 @@ def test_each_scene_is_the_estimate_of_its_own_and_all_are_traced_at_once() -> N
 
 
 def test_what_does_not_fit_is_a_row_that_says_so() -> None:
-    (row,) = vary({"too large": scene()}, lambda _: None, Working(GIB, 10 * GIB).trace)
+    (row,) = vary({"too large": scene()}, lambda _: None, Working(GIB, 10 * GIB).trace_sizes)
     assert row.plan is None
     assert "would take" in row.refusal
 
