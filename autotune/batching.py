@@ -10,6 +10,9 @@ from math import ceil
 
 from autotune.plan import Batching, LimitedBy
 
+PADDING_MULTIPLE = 8
+"""Rows are padded to one: few shapes, and whole tiles for the matrix units."""
+
 
 def share_of(samples: int, world_size: int, rank: int) -> int:
     """Return how many of a step's samples this rank takes; shares differ by at most one, the first ranks take more."""

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, TypeAdapter
 
-from autotune.plan import Device, Fact, Plan, Stage, Task, Timed, Timing, Traced, Workload
+from autotune.plan import Device, Fact, Layout, Plan, Stage, Task, Timed, Timing, Traced, Workload
 
 DRY_MICRO_BATCHES = 2
 """Micro-batches in a dry step: the second one meets resident gradients, as all but the first do in training."""
@@ -37,6 +37,10 @@ class ModelSummary(Fact):
     random_weights: bool
     longest_input: int | None
     """Tokens that the model has positions for; None where there is no such limit."""
+    packs: bool
+    """Whether it takes the masks by which several samples may share a row."""
+    window: int | None
+    """Tokens that some layers look back over, of which such masks know nothing; None where all see all."""
 
 
 class DataSummary(Fact):
@@ -129,8 +133,12 @@ class Excerpt(Fact):
 
     store: str
     seed: int
+    share: PositiveInt
+    """Samples that a rank takes of a step."""
     sizes: tuple[PositiveInt, ...]
-    """The first always, the others as long as it takes little."""
+    """Under the workload's layout; the first always, the others as long as it takes little."""
+    layouts: tuple[Layout, ...]
+    """To be timed beside it, at the first size."""
 
 
 class Dry(Fact):
@@ -164,6 +172,8 @@ class DryReport(Fact):
     timed: tuple[Timed, ...]
     evaluation_seconds: float
     expected_peak_bytes: int | None
+    inexact: tuple[Layout, ...]
+    """Layouts that were seen to change this model's gradient; only looked for beside an excerpt."""
 
 
 class Recipe(Fact):

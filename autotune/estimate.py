@@ -12,7 +12,7 @@ from autotune.errands import TraceReport
 from autotune.errors import ConfigurationError, NothingFitsError
 from autotune.evidence import MemoryModel, fit
 from autotune.explore import TraceSizes
-from autotune.forecast import forecast_run, roofline_speed
+from autotune.forecast import expect, forecast_run, roofline_speed
 from autotune.inputs import PlanInputs
 from autotune.plan import SCHEMA, Alternative, Batching, EvidenceSummary, Plan, Rates, Speed, Workload
 from autotune.search import sizes_to_trace
@@ -79,6 +79,7 @@ def _look_at(workload: Workload, inputs: PlanInputs, rates: Rates | None, trace:
         largest = estimated_largest(model, budget_bytes, inputs.sizes, hardware) or 1
         rows = given or largest
         batching = inputs.reach(rows, max(rows, largest), "user" if given else inputs.limited_by(rows))
+        batching = expect(batching, inputs.data, workload)
         speed = roofline_speed(report.traced, rates, workload, batching) if rates else None
         peak = estimated_peak(model, rows, hardware)
         ways.append(_Way(workload, report, model, batching, peak, peak <= budget_bytes, speed))

@@ -11,7 +11,7 @@ from autotune.batching import balanced_size
 from autotune.errands import Dry, Excerpt, TraceReport
 from autotune.evidence import Explored, MemoryModel, fit
 from autotune.measure import TIME_LIMIT_SECONDS
-from autotune.plan import CpuAllocator, Hardware, Trial, Workload
+from autotune.plan import CpuAllocator, Hardware, Layout, Trial, Workload
 from autotune.search import bracket, largest_predicted, largest_safe, next_size, sizes_to_trace
 
 SMALLER_SIZES = 4
@@ -49,8 +49,12 @@ class Timing:
 
     store: str
     seed: int
+    share: int
+    """Samples that a rank takes of a step."""
     smaller: bool
     """Whether smaller sizes than the one that would run are timed beside it."""
+    layouts: tuple[Layout, ...]
+    """Whether, and which, other layouts than the workload's are."""
 
 
 @dataclass
@@ -177,7 +181,13 @@ class Exploration:
         if self.timing.smaller and rows == self.predicted_largest:
             while sizes[-1] > 1 and len(sizes) <= SMALLER_SIZES:
                 sizes.append(balanced_size(self.sizes[-1], sizes[-1] // 2))
-        return Excerpt(store=self.timing.store, seed=self.timing.seed, sizes=tuple(sizes))
+        return Excerpt(
+            store=self.timing.store,
+            seed=self.timing.seed,
+            share=self.timing.share,
+            sizes=tuple(sizes),
+            layouts=self.timing.layouts,
+        )
 
     @property
     def predicted_largest(self) -> int:

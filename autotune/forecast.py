@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from math import ceil, inf
+from random import Random
 from statistics import median
+from typing import NamedTuple
 
-from autotune.batching import balanced_cuts, largest_share
+from autotune.batching import PADDING_MULTIPLE, balanced_cuts, largest_share
 from autotune.errands import DataSummary, Recipe
 from autotune.evidence import traced_work
-from autotune.plan import Batching, Forecast, Rates, Speed, Timed, Traced, Trial, Work, Workload
+from autotune.plan import Batching, Forecast, Layout, Rates, Speed, Timed, Traced, Trial, Work, Workload
 
-PADDING_MULTIPLE = 8
 REPEATS = 3
 """One timing decides nothing."""
+SIMULATED_STEPS = 8
+"""Laid out to know what a layout makes of the lengths there are."""
 RANKS_BYTES_PER_SECOND = 10e9
 """Between cards without NVLink, over PCI Express 4.0 x16, as all-reduces come to in practice."""
 Histogram = Sequence[tuple[int, int]]
@@ -43,13 +46,13 @@ def rounded(histogram: Histogram, multiple: int, limit: int) -> Histogram:
     return [(min(ceil(length / multiple) * multiple, limit), count) for length, count in histogram]
 
 
-def faster_size(timed: Sequence[Timed], factor: float) -> int | None:
-    """Return the size that took the least time, if in each of three repeats it beat the first by this factor."""
+def fastest(timed: Sequence[Timed], factor: float) -> Timed | None:
+    """Return what took the least time, if in each of three repeats it beat the first by this factor."""
     if not timed or len(timed[0].seconds) < REPEATS:
         return None
     own, *others = timed
     beat = [t for t in others if all(factor * a < b for a, b in zip(t.seconds, own.seconds, strict=True))]
-    return min(beat, key=lambda t: median(t.seconds)).rows if beat else None
+    return min(beat, key=lambda t: median(t.seconds), default=None)
 
 
 def beats(trial: Trial, other: Trial, factor: float) -> bool:
@@ -180,45 +183,85 @@ def rows_per_second(trial: Trial) -> float:
     return trial.micro_batch_size / min(t.seconds for t in trial.timings[1:] if t.padded_tokens == longest)
 
 
+class StepShape(NamedTuple):
+    """What a rank computes on in a step of its whole share, as is to be expected."""
+
+    micro_batches: float
+    padded_tokens: float
+    """Of all of them together."""
+
+
+def expected_shape(
+    lengths: Sequence[Histogram], layout: Layout, limits: tuple[int, ...], rows: int, share: int
+) -> StepShape:
+    """Say what a layout makes of samples of these lengths, given by side.
+
+    Plain rows by the expected length of the longest of so many; other layouts by laying out a few steps of samples
+    drawn at random, the sides of each drawn apart.
+    """
+    if layout == "fixed":
+        return plain_shape([rounded(h, PADDING_MULTIPLE, m) for h, m in zip(lengths, limits, strict=True)], rows, share)
+    from autotune.layout import arrange, padded_lengths  # loads numpy
+
+    batches = padded = 0
+    for samples in _drawn_steps(lengths, share):
+        arranged = arrange(samples, layout, rows, limits)
+        batches += len(arranged)
+        padded += sum(len(batch) * sum(padded_lengths(batch, samples, limits)) for batch in arranged)
+    return StepShape(batches / SIMULATED_STEPS, padded / SIMULATED_STEPS)
+
+
+def most_packed_rows(lengths: Sequence[Histogram], limits: tuple[int, ...], share: int) -> int:
+    """Return the rows that a step of packed samples takes at most, of a few drawn at random."""
+    from autotune.layout import arrange  # loads numpy
+
+    return max(len(arrange(samples, "packed", share, limits)[0]) for samples in _drawn_steps(lengths, share))
+
+
+def _drawn_steps(lengths: Sequence[Histogram], share: int) -> Iterator[list[tuple[int, ...]]]:
+    """Yield the lengths of a few steps' samples; the sides of each are drawn apart."""
+    random = Random(0)
+    for _ in range(SIMULATED_STEPS):
+        drawn = [random.choices([n for n, _ in side], [count for _, count in side], k=share) for side in lengths]
+        yield list(zip(*drawn, strict=True))
+
+
+def plain_shape(lengths: Sequence[Histogram], rows: int, share: int) -> StepShape:
+    """Say what plain rows come to, each micro-batch padded to its longest."""
+    cuts = balanced_cuts(share, rows)
+    return StepShape(len(cuts), sum(n * expected_longest(side, n) for n in cuts for side in lengths))
+
+
 def forecast(
     samples: int,
     epochs: float,
     max_steps: int | None,
-    lengths: Sequence[Histogram],
-    validation: Sequence[Histogram],
+    shape: StepShape,
+    validation_tokens: float,
     batching: Batching,
     speed: Speed,
     timed: Timed | None,
 ) -> Forecast:
-    """Say what a run takes: steps of the last epoch smaller, not dropped, and rows padded to the longest beside them.
+    """Say what a run takes: steps of the last epoch smaller, not dropped.
 
-    `lengths` are one histogram for a causal model, source and target for seq2seq, rounded as micro-batches are;
-    `validation` the same of the validation data, empty where there is none. `timed` is what samples
-    of this data took at the size that runs, where that is known.
+    `validation_tokens` are those of one evaluation, padding included. `timed` is what samples of this data took at the
+    size and in the layout that run, where that is known.
     """
     steps = ceil(samples / batching.effective_batch_size)
     total_steps = max(1, ceil(steps * epochs))
     if max_steps is not None:
         total_steps = min(total_steps, max_steps)
-    share = largest_share(min(samples, batching.effective_batch_size), batching.world_size)
-    cuts = balanced_cuts(share, batching.micro_batch_size)
-    padded = sum(size * _padded_tokens(lengths, size) for size in cuts)
+    of_a_step = min(samples, batching.effective_batch_size)
     if timed is None:
-        beta, alpha = speed.beta_seconds_per_token, speed.alpha_seconds
-        micro_batches = sum(
-            max(speed.least_seconds, alpha + beta * size * _padded_tokens(lengths, size)) for size in cuts
-        )
+        tokens = shape.padded_tokens / shape.micro_batches
+        each = speed.alpha_seconds + speed.beta_seconds_per_token * tokens
+        micro_batches = shape.micro_batches * max(speed.least_seconds, each)
     else:
-        micro_batches = padded * median(
+        micro_batches = shape.padded_tokens * median(
             s / tokens for s, tokens in zip(timed.seconds, timed.padded_tokens, strict=True)
         )
-    whole_steps = samples / min(samples, batching.effective_batch_size)
-    seconds_per_epoch = micro_batches * whole_steps + steps * speed.update_seconds
-    validation_seconds = 0.0
-    if validation:
-        rows = sum(count for _, count in validation[0])
-        validation_tokens = rows * _padded_tokens(validation, batching.micro_batch_size)
-        validation_seconds = validation_tokens * speed.evaluation_seconds_per_token
+    seconds_per_epoch = micro_batches * samples / of_a_step + steps * speed.update_seconds
+    validation_seconds = validation_tokens * speed.evaluation_seconds_per_token
     return Forecast(
         rows=samples,
         epochs=epochs,
@@ -227,7 +270,7 @@ def forecast(
         seconds_per_epoch=seconds_per_epoch,
         validation_seconds=validation_seconds,
         total_seconds=seconds_per_epoch * total_steps / steps + validation_seconds * ceil(total_steps / steps),
-        padded_tokens_per_sample=padded / share,
+        padded_tokens_per_sample=shape.padded_tokens / largest_share(of_a_step, batching.world_size),
     )
 
 
@@ -241,25 +284,32 @@ def forecast_run(
     timed: Timed | None,
 ) -> Forecast:
     """Say what a run on this data takes."""
+    rows, validation_tokens = batching.micro_batch_size, 0.0
+    if validation is not None:
+        of_a_step = min(validation.samples, batching.effective_batch_size)
+        shape = expected_shape(validation.lengths, workload.layout, workload.limits, rows, of_a_step)
+        validation_tokens = shape.padded_tokens * validation.samples / of_a_step
     return forecast(
         data.samples,
         recipe.epochs,
         recipe.max_steps,
-        padded_lengths(data, workload),
-        padded_lengths(validation, workload),
+        step_shape(data, workload, batching),
+        validation_tokens,
         batching,
         speed,
         timed,
     )
 
 
-def padded_lengths(data: DataSummary | None, workload: Workload) -> list[Histogram]:
-    """Return the lengths that rows of this data are padded to, by side."""
-    limits = (workload.max_seq_len, workload.max_target_len)
-    histograms = data.lengths if data else ()
-    return [rounded(h, PADDING_MULTIPLE, limit) for h, limit in zip(histograms, limits, strict=False)]
+def step_shape(data: DataSummary, workload: Workload, batching: Batching) -> StepShape:
+    """Say what a rank computes on in a step on this data."""
+    share = largest_share(min(data.samples, batching.effective_batch_size), batching.world_size)
+    return expected_shape(data.lengths, workload.layout, workload.limits, batching.micro_batch_size, share)
 
 
-def _padded_tokens(lengths: Sequence[Histogram], rows: int) -> float:
-    """Return the tokens that a sample is expected to cost among so many rows, on all sides together."""
-    return sum(expected_longest(histogram, rows) for histogram in lengths)
+def expect(batching: Batching, data: DataSummary | None, workload: Workload) -> Batching:
+    """Return the batching with the micro-batches that a step is expected to take on this data."""
+    if data is None:
+        return batching
+    expected = step_shape(data, workload, batching).micro_batches
+    return batching.model_copy(update={"expected_micro_batches_per_step": expected})

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from autotune.account import Budget, set_budget
 from autotune.batching import largest_share, reach, useful_sizes
 from autotune.errands import DataSummary, Recipe
+from autotune.forecast import most_packed_rows
 from autotune.plan import Batching, Hardware, LimitedBy, Request, Workload
 
 
@@ -33,8 +34,11 @@ class PlanInputs(NamedTuple):
 
     @property
     def sizes(self) -> list[int]:
-        """Micro-batches worth trying, rising; the last one is a rank's whole share."""
-        return useful_sizes(largest_share(self.samples, self.hardware.world_size))
+        """Micro-batches worth trying, rising; the last one takes a rank's whole share, or the rows that share one."""
+        share = largest_share(self.samples, self.hardware.world_size)
+        if self.data is None or self.workload.layout != "packed":
+            return useful_sizes(share)
+        return useful_sizes(most_packed_rows(self.data.lengths, self.workload.limits, share))
 
     def limited_by(self, rows: int) -> LimitedBy:
         """Say what keeps a size that nobody gave from being larger."""

@@ -140,6 +140,7 @@ def try_size(
         timed=known.timed if known else (),
         evaluation_seconds=known.evaluation_seconds if known else None,
         expected_peak_bytes=known.expected_peak_bytes if known else None,
+        inexact=known.inexact if known else (),
         seconds=seconds,
         message=message,
     )

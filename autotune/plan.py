@@ -16,7 +16,7 @@ Task = Literal["causal", "seq2seq"]
 Stage = Literal["pretrain", "sft"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["cuda", "cpu"]
-Layout = Literal["fixed"]
+Layout = Literal["packed", "sorted", "fixed"]
 LossHead = Literal["full"]
 CpuAllocator = Literal["fast", "tight"]
 Switch = Literal["on", "off"]
@@ -58,9 +58,14 @@ class Workload(Fact):
     data_fingerprint: str | None
 
     @property
+    def limits(self) -> tuple[int, ...]:
+        """Worst-case tokens of a row, by side: of the sequence, or of source and target."""
+        return (self.max_seq_len,) if self.task == "causal" else (self.max_seq_len, self.max_target_len)
+
+    @property
     def tokens_per_row(self) -> int:
         """Worst-case tokens that one row costs, source and target together."""
-        return self.max_seq_len + self.max_target_len
+        return sum(self.limits)
 
 
 class Request(Fact):
@@ -72,6 +77,8 @@ class Request(Fact):
     prefer: Literal["auto", "largest"]
     checkpointing: Literal["auto", "given"]
     """`auto` takes gradient checkpointing where nothing fits without it, or where it is faster; else the workload's."""
+    layout: Literal["auto", "given"]
+    """`auto` takes another than the workload's where it is faster, or where that one is not exact."""
     memory_limit_bytes: int | None
     headroom: float | None
     """Bytes from 1 on, below 1 a share of the limit, None the default."""
@@ -191,11 +198,12 @@ class Timing(Fact):
 
 
 class Timed(Fact):
-    """How long forward and backward of so many samples of the data took, in micro-batches of so many rows.
+    """How long forward and backward of so many samples of the data took, in micro-batches of at most so many rows.
 
-    Repeats take other samples, the same for every size.
+    Repeats take other samples, the same for every size and layout.
     """
 
+    layout: Layout
     rows: PositiveInt
     samples: PositiveInt
     padded_tokens: tuple[int, ...]
@@ -229,6 +237,8 @@ class Trial(Fact):
     """Of one evaluation batch at full length."""
     expected_peak_bytes: int | None
     """Peak at the heaviest micro-batches that an epoch of the data will bring; None without data."""
+    inexact: tuple[Layout, ...]
+    """Layouts that were seen to change this model's gradient."""
     seconds: float
     """Wall time of the trial, imports and model included."""
     message: str

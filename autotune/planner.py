@@ -7,10 +7,11 @@ from typing import Literal, NoReturn
 
 from autotune.account import DRIFT, GIB, check_host, measured_account, state_bytes
 from autotune.alternatives import CHECKPOINTING, advise, checkpointed, size_rows, what_would_fit
-from autotune.errors import NothingFitsError
+from autotune.batching import largest_share
+from autotune.errors import ConfigurationError, NothingFitsError
 from autotune.evidence import Evidence, alike
 from autotune.explore import Exploration, Measuring, Timing, Trials
-from autotune.forecast import beats, faster_size, forecast_run, measure_speed, seconds_per_sample
+from autotune.forecast import beats, expect, fastest, forecast_run, measure_speed, seconds_per_sample
 from autotune.inputs import PlanInputs
 from autotune.plan import (
     SCHEMA,
@@ -18,6 +19,7 @@ from autotune.plan import (
     Batching,
     EvidenceSummary,
     Forecast,
+    Layout,
     LimitedBy,
     Plan,
     SizeRow,
@@ -28,7 +30,9 @@ from autotune.plan import (
 from autotune.search import EXPLORED, is_safe, is_within
 
 FASTER = 1.05
-"""A smaller micro-batch is taken when it was faster by this factor in each of its repeats."""
+"""A smaller micro-batch, or another layout, is taken when it was faster by this factor in each of its repeats."""
+LAYOUTS: tuple[Layout, ...] = ("packed", "sorted", "fixed")
+"""Each is exact for all models that the one before it is."""
 RECOMPUTING = 1 / 3
 """Checkpointing runs each forward again: a third of what forward and backward take (Chen et al. 2016, 1604.06174)."""
 
@@ -66,15 +70,18 @@ class Planner:
         plain, fixed = self._explorations[0], self._request.micro_batch_size
         if fixed is not None:
             chosen = yield from self._fix(plain, fixed)
+            chosen = yield from self._choose_layout(chosen, fixed)
             return chosen, fixed, "user"
         yield from plain.search()
         chosen = plain
         too_slow = plain.largest == 0 and any(t.outcome == "timed_out" for t in plain.trials)
-        if self._request.checkpointing == "auto" and plain.largest < plain.sizes[-1] and not too_slow:
+        takes_all = plain.largest >= plain.sizes[-1]
+        if self._request.checkpointing == "auto" and not takes_all and not too_slow:
             chosen = yield from self._weigh_checkpointing(plain)
         if chosen.largest == 0:
             self._explain_nothing_fits(chosen)
-        return (chosen, *(yield from self._choose(chosen)))
+        chosen = yield from self._choose_layout(chosen, chosen.largest)
+        return (chosen, *(yield from self._choose_size(chosen)))
 
     @property
     def _kind(self) -> Literal["measured", "cached"]:
@@ -96,7 +103,11 @@ class Planner:
         timing = None
         if data is not None:
             smaller = request.prefer == "auto" and request.micro_batch_size is None
-            timing = Timing(data.store, self._inputs.recipe.seed, smaller)
+            # Of what was chosen, and verified after, no other is timed again.
+            chosen = request.layout == "given" or workload.layout != self._inputs.workload.layout
+            others = () if chosen else LAYOUTS[LAYOUTS.index(workload.layout) + 1 :]
+            share = largest_share(self._inputs.samples, self._hardware.world_size)
+            timing = Timing(data.store, self._inputs.recipe.seed, share, smaller, others)
         exploration = Exploration(
             workload=workload,
             hardware=self._hardware,
@@ -169,12 +180,40 @@ class Planner:
             measured=measured,
         )
 
-    def _choose(self, exploration: Exploration) -> Generator[Trial, None, tuple[int, LimitedBy]]:
+    def _choose_layout(self, exploration: Exploration, rows: int) -> Generator[Trial, None, Exploration]:
+        """Take another layout where it was faster on real samples, or where the workload's own is not exact.
+
+        Raises ConfigurationError where that one was asked for.
+        """
+        trial, own = exploration.trial_of(rows), exploration.workload.layout
+        inexact = own in trial.inexact
+        if inexact and self._request.layout == "given":
+            raise ConfigurationError(
+                f"{own} rows change the gradient of {exploration.workload.model}", "leave --layout out, or give another"
+            )
+        timed = [t for t in trial.timed if t.rows == rows]
+        better = fastest(timed, FASTER)
+        safer = [*(t.layout for t in timed), *LAYOUTS[LAYOUTS.index(own) + 1 :], own]
+        layout = better.layout if better else safer[0] if inexact else own
+        if layout == own:
+            return exploration
+        other = self._explore(exploration.workload.model_copy(update={"layout": layout}))
+        self._explorations.append(other)
+        other.trace()
+        if not other.has_verified(rows):
+            yield from other.try_size(rows)
+        if self._request.micro_batch_size is None:
+            yield from other.search()
+        return other if inexact or other.largest >= rows else exploration
+
+    def _choose_size(self, exploration: Exploration) -> Generator[Trial, None, tuple[int, LimitedBy]]:
         """Take the largest safe size, or a smaller one where it was faster on real samples."""
-        rows = exploration.largest
+        rows, layout = exploration.largest, exploration.workload.layout
         if self._request.prefer == "auto":
-            faster = faster_size(exploration.trial_of(rows).timed, FASTER)
-            if faster is not None:
+            timed = [t for t in exploration.trial_of(rows).timed if t.layout == layout]
+            found = fastest(timed, FASTER)
+            if found is not None:
+                faster = found.rows
                 if not exploration.has_verified(faster):
                     yield from exploration.try_size(faster)
                 if any(
@@ -230,6 +269,7 @@ class Planner:
         trial = exploration.trial_of(rows)
         check_host(self._hardware, exploration.workload, trial)
         batching = self._inputs.reach(rows, max(rows, exploration.largest), limited_by)
+        batching = expect(batching, self._inputs.data, exploration.workload)
         speed = measure_speed(trial, exploration.workload, batching)
         tried = [t for e in self._explorations for t in e.tried]
         return Plan(
@@ -248,7 +288,8 @@ class Planner:
     def _sizes(self, exploration: Exploration, rows: int, speed: Speed | None) -> tuple[SizeRow, ...]:
         trials, model = exploration.trials, exploration.model
         assert model is not None
-        timed = exploration.trial_of(exploration.largest or rows).timed
+        trial, layout = exploration.trial_of(exploration.largest or rows), exploration.workload.layout
+        timed = [t for t in trial.timed if t.layout == layout]
         return size_rows(
             model.peak_bytes,
             max(rows, exploration.largest),
@@ -262,7 +303,8 @@ class Planner:
         inputs = self._inputs
         if inputs.data is None or speed is None:
             return None
-        timed = [t for tried in exploration.trials for t in tried.timed if t.rows == batching.micro_batch_size]
+        rows, layout = batching.micro_batch_size, exploration.workload.layout
+        timed = [t for tried in exploration.trials for t in tried.timed if (t.rows, t.layout) == (rows, layout)]
         most = max(timed, key=lambda t: t.samples * len(t.seconds), default=None)
         return forecast_run(inputs.recipe, inputs.data, inputs.validation, exploration.workload, batching, speed, most)
 

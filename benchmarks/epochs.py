@@ -51,6 +51,7 @@ class Row:
 
     workload: str
     batch: str
+    layout: str
     allocator: str
     steps: int
     planned_seconds: float
@@ -86,6 +87,7 @@ def run(name: str, arguments: str, folder: Path, data: Path) -> Row:
     return Row(
         workload=name,
         batch=f"{batching.micro_batch_size} x {batching.gradient_accumulation_steps}",
+        layout=plan.workload.layout,
         allocator=plan.workload.cpu_allocator,
         steps=against["step"],
         planned_seconds=against["planned_seconds"],
@@ -101,12 +103,13 @@ def run(name: str, arguments: str, folder: Path, data: Path) -> Row:
 
 def print_table(rows: list[Row]) -> None:
     table = Table()
-    for name in ("workload", "batch", "malloc", "steps", "s planned", "s real", "real / planned", "tokens/s",
+    for name in ("workload", "batch", "layout", "malloc", "steps", "s planned", "s real", "real / planned", "tokens/s",
                  "real / planned", "peak expected", "real / expected", "real / worst case", "of limit"):  # fmt: skip
         table.add_column(name, justify="left" if name == "workload" else "right")
     for r in rows:
         table.add_row(
-            r.workload, r.batch, r.allocator, str(r.steps), f"{r.planned_seconds:.1f}", f"{r.real_seconds:.1f}",
+            r.workload, r.batch, r.layout, r.allocator, str(r.steps),
+            f"{r.planned_seconds:.1f}", f"{r.real_seconds:.1f}",
             f"{r.real_seconds / r.planned_seconds - 1:+.1%}", f"{r.real_tokens_per_second:,.0f}",
             f"{r.real_tokens_per_second / r.planned_tokens_per_second - 1:+.1%}",
             f"{r.expected_peak_bytes / 2**30:.3f}",

@@ -71,6 +71,7 @@ class Case:
     precision: str = "bf16"
     checkpointing: str = "off"
     frozen: tuple[str, ...] = ()
+    layout: str = "fixed"
     preset: str = ""
     """Name of the preset that is built."""
 
@@ -122,6 +123,15 @@ def t5(kind: Any, config: Any, width: int, layers: int) -> Callable[[], Any]:
     return build
 
 
+def bart() -> Any:
+    return t.BartForConditionalGeneration(
+        t.BartConfig(
+            vocab_size=VOCABULARY, d_model=128, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=384, decoder_ffn_dim=384, max_position_embeddings=1024,
+        )
+    )  # fmt: skip
+
+
 CASES = [
     Case("gpt2-256", lambda: t.GPT2LMHeadModel(
         t.GPT2Config(vocab_size=VOCABULARY, n_embd=128, n_layer=4, n_head=4, n_positions=1024)), 256),
@@ -137,10 +147,11 @@ CASES = [
     Case("t5-128-128-frozen", t5(t.T5ForConditionalGeneration, t.T5Config, 128, 2), 128, 128,
          frozen=("embedding", "encoder")),
     Case("llama-256-frozen", llama(128, 4), 256, frozen=("embedding", "*layers.0.*", "*layers.1.*")),
+    Case("llama-256-packed", llama(128, 4), 256, layout="packed"),
+    Case("t5-128-128-packed", t5(t.T5ForConditionalGeneration, t.T5Config, 128, 2), 128, 128, layout="packed"),
     Case("mt5-128-128", t5(t.MT5ForConditionalGeneration, t.MT5Config, 128, 2), 128, 128),
-    Case("bart-128-128", lambda: t.BartForConditionalGeneration(t.BartConfig(
-        vocab_size=VOCABULARY, d_model=128, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=384, decoder_ffn_dim=384, max_position_embeddings=1024)), 128, 128),
+    Case("bart-128-128", bart, 128, 128),
+    Case("bart-128-128-packed", bart, 128, 128, layout="packed"),
 ]  # fmt: skip
 
 
@@ -186,7 +197,7 @@ def workload(case: Case, name: str, model: Any) -> Workload:
             "vocabulary_size": config.vocab_size,
             "max_seq_len": case.max_seq_len, "max_target_len": case.max_target_len, "precision": case.precision,
             "optimizer": "adamw", "gradient_checkpointing": case.checkpointing, "frozen": case.frozen, "dropout": None,
-            "layout": "fixed", "loss_head": "full", "attention": attention, "compile": "off",
+            "layout": case.layout, "loss_head": "full", "attention": attention, "compile": "off",
             "cpu_allocator": "tight", "tokenizer_fingerprint": None, "data_fingerprint": None,
         }
     )  # fmt: skip
@@ -241,7 +252,7 @@ def run(case: Case, hardware: Hardware) -> Iterator[Row]:
 
 def at_limit(case: Case, work: Workload, hardware: Hardware, limit: int, folder: Path) -> Row:
     request = Request(
-        effective_batch_size=SHARE, micro_batch_size=None, prefer="largest", checkpointing="given",
+        effective_batch_size=SHARE, micro_batch_size=None, prefer="largest", checkpointing="given", layout="given",
         memory_limit_bytes=limit, headroom=None, offline=False,
     )  # fmt: skip
     began = time.perf_counter()

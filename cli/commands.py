@@ -180,7 +180,7 @@ def train_command(
     job = _planned(resolved, plan_file) if plan_file else _plan_job(resolved, remembering, auto=auto)
     make_folder(folder, job.facts.model, job.hardware)
     write_run(folder, resolved, job.settings, job.plan, job.evidence)
-    say(f"{batch_line(job.plan.batching)}; run in {folder}")
+    say(f"{batch_line(job.plan)}; run in {folder}")
     _train(job, folder)
 
 

@@ -15,6 +15,17 @@ Metrics = dict[str, Any]
 QUIET_SECONDS = 30.0
 
 
+def verified_line(row: Metrics) -> str:
+    """Say what was proven of the layout, on this model and its first samples."""
+    layout, asked, errors = row["layout"], row["asked"], row["errors"]
+    if row["event"] == "unverified":
+        return f"NOT verified: {layout} rows change this model's gradient by {errors[layout]:.0e}, and so does all else"
+    proven = f"{layout} rows have the gradient of each sample by itself (within {errors[layout]:.0e})"
+    if layout == asked:
+        return f"verified: {proven}"
+    return f"{asked} rows change this model's gradient by {errors[asked]:.0e} and are not used; verified: {proven}"
+
+
 class RunProgress:
     """Shows the rows of a run as they come, and remembers the few that its summary needs."""
 
@@ -67,6 +78,8 @@ class RunProgress:
             self._total = row["total_steps"]
             if self._bar is not None:
                 self._task = self._bar.add_task("", total=self._total)
+        elif row["event"] in ("verified", "unverified"):
+            self._print(verified_line(row))
         elif row["event"] == "skipped_step":
             self.skipped += 1
         elif row["event"] == "plan_against_real":

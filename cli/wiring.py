@@ -8,12 +8,11 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from autotune.batching import balanced_cuts, largest_share
+from autotune.batching import PADDING_MULTIPLE, balanced_cuts, largest_share
 from autotune.errands import DataSummary, ModelSummary, Preprocess, Preprocessed, Recipe
 from autotune.errors import ConfigurationError, MachineError, RunExistsError
-from autotune.forecast import PADDING_MULTIPLE
 from autotune.inputs import PlanInputs
-from autotune.plan import Batching, Hardware, Plan, Precision, Request, Workload
+from autotune.plan import Batching, Hardware, Layout, Plan, Precision, Request, Workload
 from profiles import Resolved, Settings, parse_bytes, parse_headroom
 
 LEARNING_RATES = {"pretrain": 5e-4, "sft": 1e-4}
@@ -57,6 +56,24 @@ def choose_precision(asked: str, family: str, hardware: Hardware) -> Precision:
     return "fp16" if hardware.device == "cuda" and not t5 else "fp32"
 
 
+def choose_layout(settings: Settings, model: ModelSummary) -> Layout:
+    """Take what was asked for, or packed rows, which a plan then weighs against the others; raises ConfigurationError.
+
+    Not where samples cannot share a row: attention that looks back over a window, or a model that takes no mask.
+    """
+    packs = model.packs and (model.window is None or model.window >= settings.max_seq_len)
+    if settings.layout == "packed" and not packs:
+        why = "it takes no mask that keeps them apart"
+        if model.packs:
+            why = f"some of its layers look back over {model.window} tokens of {settings.max_seq_len}"
+        raise ConfigurationError(
+            f"samples cannot share rows in this {model.family} model: {why}", "use --layout sorted, or leave it out"
+        )
+    if settings.layout != "auto":
+        return settings.layout
+    return "packed" if packs else "sorted"
+
+
 def make_workload(settings: Settings, facts: Preprocessed, hardware: Hardware) -> Workload:
     """Put together what decides a step's memory and numbers, at the worst case that the data or the limits allow."""
     model = facts.model
@@ -76,7 +93,7 @@ def make_workload(settings: Settings, facts: Preprocessed, hardware: Hardware) -
         gradient_checkpointing="on" if settings.gradient_checkpointing == "on" else "off",
         frozen=settings.freeze,
         dropout=settings.dropout,
-        layout="fixed",
+        layout=choose_layout(settings, model),
         loss_head="full",
         attention=model.attention,
         compile="off",
@@ -138,6 +155,7 @@ def make_request(resolved: Resolved, world_size: int, *, search: bool, offline: 
         micro_batch_size=rows,
         prefer=settings.prefer,
         checkpointing="auto" if settings.gradient_checkpointing == "auto" else "given",
+        layout="auto" if settings.layout == "auto" else "given",
         offline=offline,
         memory_limit_bytes=limit,
         headroom=headroom,
@@ -203,6 +221,7 @@ def settings_of_plan(plan: Plan, resolved: Resolved) -> Settings:
         "optimizer": workload.optimizer,
         "precision": workload.precision,
         "gradient_checkpointing": workload.gradient_checkpointing,
+        "layout": workload.layout,
         "effective_batch_size": batching.effective_batch_size,
         "batch_size_per_gpu": batching.micro_batch_size,
         "gradient_accumulation_steps": batching.gradient_accumulation_steps,
@@ -308,6 +327,7 @@ def _decided(resolved: Resolved, settings: Settings, plan: Plan, folder: Path) -
         "precision": workload.precision,
         "stage": workload.stage,
         "gradient_checkpointing": workload.gradient_checkpointing,
+        "layout": workload.layout,
     }
     by_plan = {
         "output_dir": str(folder),

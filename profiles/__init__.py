@@ -95,6 +95,12 @@ class Settings:
         "Memory",
         "Compute activations again instead of keeping them; auto: where nothing fits without, or where it is faster.",
     )
+    layout: Literal["auto", "packed", "sorted", "fixed"] = _setting(
+        "auto",
+        "Batch",
+        "How samples share micro-batches: packed into full rows, those of like length together, or as they come; "
+        "neither the samples of a step nor their gradient change. auto: the fastest that is exact.",
+    )
     memory_limit: str | None = _setting(None, "Memory", "Most device memory to use, such as 6GiB.", "BYTES")
     headroom: str | None = _setting(
         None, "Memory", "What is kept back of it, such as 5% or 512MiB (default 5 %).", "SHARE|BYTES"

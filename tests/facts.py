@@ -98,6 +98,7 @@ def request(**changes: Any) -> Request:
         "micro_batch_size": None,
         "prefer": "auto",
         "checkpointing": "auto",
+        "layout": "given",
         "memory_limit_bytes": None,
         "headroom": None,
         "offline": False,
@@ -122,6 +123,7 @@ def completed(rows: int, phases: dict[str, int], **changes: Any) -> Trial:
         "verified": True,
         "evaluation_seconds": None,
         "expected_peak_bytes": None,
+        "inexact": (),
         "seconds": 8.0,
         "message": "",
     }
@@ -275,6 +277,8 @@ def preprocessed(**changes: Any) -> Preprocessed:
         attention="sdpa",
         random_weights=True,
         longest_input=None,
+        packs=True,
+        window=None,
     )
     facts: dict[str, Any] = {
         "model": model, "tokenizer_dir": None, "tokenizer_fingerprint": None, "ids": None, "data": None,

@@ -12,19 +12,21 @@ from facts import batching, completed, out_of_memory, speed, timed, workload
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from autotune.batching import largest_share
 from autotune.errands import DRY_LENGTHS
 from autotune.forecast import (
     Histogram,
     beats,
     expected_longest,
-    faster_size,
+    fastest,
     forecast,
     measure_speed,
+    plain_shape,
     rounded,
     rows_per_second,
     seconds_per_sample,
 )
-from autotune.plan import Timed
+from autotune.plan import Batching, Forecast, Speed, Timed
 
 histograms = st.dictionaries(st.integers(1, 600), st.integers(1, 50), min_size=1, max_size=5).map(
     lambda counts: sorted(counts.items())
@@ -197,9 +199,26 @@ def test_a_trial_that_was_not_timed_or_did_not_complete_has_no_rows_per_second()
 # A run.
 
 
+def forecast_of(
+    samples: int,
+    epochs: float,
+    max_steps: int | None,
+    lengths: list[Histogram],
+    validation: list[Histogram],
+    plan: Batching,
+    speed: Speed,
+    timed: Timed | None,
+) -> Forecast:
+    """Of plain rows, of these lengths as they are."""
+    share = largest_share(min(samples, plan.effective_batch_size), plan.world_size)
+    rows, evaluated = plan.micro_batch_size, sum(count for _, count in validation[0]) if validation else 0
+    shapes = plain_shape(lengths, rows, share), plain_shape(validation, rows, evaluated)
+    return forecast(samples, epochs, max_steps, shapes[0], shapes[1].padded_tokens, plan, speed, timed)
+
+
 def test_3000_samples_at_64_take_47_steps_an_epoch() -> None:
     plan = batching(effective_batch_size=64, world_size=1, micro_batch_size=64, gradient_accumulation_steps=1)
-    result = forecast(
+    result = forecast_of(
         3000, 3.0, None, [[(512, 3000)]], [], plan, speed(alpha_seconds=0.0, beta_seconds_per_token=1e-6), None
     )
     assert (result.rows, result.epochs) == (3000, 3.0)
@@ -210,7 +229,7 @@ def test_3000_samples_at_64_take_47_steps_an_epoch() -> None:
 
 
 def test_each_rank_takes_its_share_of_the_seconds_and_each_micro_batch_its_alpha() -> None:
-    result = forecast(
+    result = forecast_of(
         24_000, 1.0, None, [[(100, 1)]], [], batching(), speed(alpha_seconds=0.5, beta_seconds_per_token=1.0), None
     )
     assert result.seconds_per_epoch == pytest.approx(100 * 6 * 0.5 + 24_000 / 2 * 100)
@@ -218,7 +237,7 @@ def test_each_rank_takes_its_share_of_the_seconds_and_each_micro_batch_its_alpha
 
 def test_the_optimizer_takes_its_time_once_a_step_however_small_that_is() -> None:
     plan = batching(effective_batch_size=64, world_size=1)
-    result = forecast(
+    result = forecast_of(
         65,
         1.0,
         None,
@@ -238,29 +257,29 @@ def test_the_optimizer_takes_its_time_once_a_step_however_small_that_is() -> Non
 
 
 def clocked(rows: int, *seconds: float) -> Timed:
-    return Timed(rows=rows, samples=16, padded_tokens=(1024,) * len(seconds), seconds=seconds)
+    return Timed(layout="fixed", rows=rows, samples=16, padded_tokens=(1024,) * len(seconds), seconds=seconds)
 
 
 def test_a_smaller_size_is_faster_only_if_it_was_each_time() -> None:
     own = clocked(16, 1.6, 1.7, 1.6)
-    assert faster_size([], 1.05) is None
-    assert faster_size([own], 1.05) is None
-    assert faster_size([own, clocked(8, 1.0, 1.0, 1.0), clocked(4, 0.8, 0.8, 0.8)], 1.05) == 4
-    assert faster_size([own, clocked(8, 1.0, 1.0, 1.59), clocked(4, 1.6, 1.6, 1.6)], 1.05) is None
-    assert faster_size([own, clocked(8, 1.54, 1.54, 1.54)], 1.05) is None, "by four per cent"
+    assert fastest([], 1.05) is None
+    assert fastest([own], 1.05) is None
+    assert fastest([own, clocked(8, 1.0, 1.0, 1.0), clocked(4, 0.8, 0.8, 0.8)], 1.05) == clocked(4, 0.8, 0.8, 0.8)
+    assert fastest([own, clocked(8, 1.0, 1.0, 1.59), clocked(4, 1.6, 1.6, 1.6)], 1.05) is None
+    assert fastest([own, clocked(8, 1.54, 1.54, 1.54)], 1.05) is None, "by four per cent"
 
 
 def test_a_run_takes_what_its_samples_took() -> None:
     plan = batching(effective_batch_size=64, world_size=1, micro_batch_size=16)
     slow = speed(alpha_seconds=100.0, update_seconds=0.5)
-    result = forecast(640, 1.0, None, [[(64, 640)]], [], plan, slow, clocked(16, 9.0, 2.0, 1.0))
+    result = forecast_of(640, 1.0, None, [[(64, 640)]], [], plan, slow, clocked(16, 9.0, 2.0, 1.0))
     assert result.total_seconds == pytest.approx(10 * (4 * 2.0 + 0.5))
 
 
 def test_validation_comes_after_each_epoch_begun_and_costs_what_evaluating_its_tokens_does() -> None:
     plan = batching(effective_batch_size=64, world_size=1, micro_batch_size=8)
     quick = speed(evaluation_seconds_per_token=0.01)
-    result = forecast(640, 1.5, None, [[(8, 640)]], [[(16, 30)]], plan, quick, None)
+    result = forecast_of(640, 1.5, None, [[(8, 640)]], [[(16, 30)]], plan, quick, None)
     assert result.validation_seconds == pytest.approx(30 * 16 * 0.01)
     assert result.total_seconds == pytest.approx(1.5 * result.seconds_per_epoch + 2 * result.validation_seconds)
 
@@ -268,14 +287,14 @@ def test_validation_comes_after_each_epoch_begun_and_costs_what_evaluating_its_t
 def test_source_and_target_are_padded_each_to_its_own_longest() -> None:
     source, target = [(10, 1), (20, 1)], [(2, 1), (4, 1)]
     pairs = batching(effective_batch_size=2, world_size=1, micro_batch_size=2, gradient_accumulation_steps=1)
-    result = forecast(2, 1.0, None, [source, target], [], pairs, speed(), None)
+    result = forecast_of(2, 1.0, None, [source, target], [], pairs, speed(), None)
     assert result.padded_tokens_per_sample == pytest.approx(17.5 + 3.5), "three pairs of four hold a long one"
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(0.001, 1), (0.5, 24), (1.0, 47), (1.5, 71)])
 def test_a_part_of_an_epoch_takes_the_steps_it_begins_and_never_none(epochs: float, steps: int) -> None:
     plan = batching(effective_batch_size=64, world_size=1)
-    result = forecast(3000, epochs, None, [[(512, 1)]], [], plan, speed(), None)
+    result = forecast_of(3000, epochs, None, [[(512, 1)]], [], plan, speed(), None)
     assert result.total_steps == steps
     assert result.total_seconds == pytest.approx(result.seconds_per_epoch * steps / 47)
 
@@ -283,14 +302,16 @@ def test_a_part_of_an_epoch_takes_the_steps_it_begins_and_never_none(epochs: flo
 @pytest.mark.parametrize(("max_steps", "steps"), [(10, 10), (94, 94), (500, 94)])
 def test_max_steps_cut_a_run_and_never_lengthen_it(max_steps: int, steps: int) -> None:
     plan = batching(effective_batch_size=64, world_size=1)
-    result = forecast(3000, 2.0, max_steps, [[(512, 1)]], [], plan, speed(), None)
+    result = forecast_of(3000, 2.0, max_steps, [[(512, 1)]], [], plan, speed(), None)
     assert result.total_steps == steps
     assert result.total_seconds == pytest.approx(result.seconds_per_epoch * steps / 47)
 
 
 def test_fewer_samples_than_a_step_takes_are_one_step_of_them_all() -> None:
     plan = batching(effective_batch_size=64, world_size=2, micro_batch_size=8, gradient_accumulation_steps=4)
-    result = forecast(5, 1.0, None, [[(10, 5)]], [], plan, speed(alpha_seconds=1.0, beta_seconds_per_token=1.0), None)
+    result = forecast_of(
+        5, 1.0, None, [[(10, 5)]], [], plan, speed(alpha_seconds=1.0, beta_seconds_per_token=1.0), None
+    )
     assert (result.steps_per_epoch, result.total_steps) == (1, 1)
     assert result.seconds_per_epoch == pytest.approx(1 + 3 * 10), "the first rank takes three in one micro-batch"
     assert result.padded_tokens_per_sample == pytest.approx(10)
@@ -310,7 +331,7 @@ def test_padding_lies_between_the_mean_and_the_longest_and_grows_with_the_micro_
         batching(effective_batch_size=effective, world_size=world_size, micro_batch_size=size) for size in (1, rows)
     ]
     single, several = (
-        forecast(samples, 1.0, None, [histogram], [], plan, speed(), None).padded_tokens_per_sample for plan in plans
+        forecast_of(samples, 1.0, None, [histogram], [], plan, speed(), None).padded_tokens_per_sample for plan in plans
     )
     assert single == pytest.approx(expected_longest(histogram, 1))
     assert single * (1 - SLACK) <= several <= histogram[-1][0] * (1 + SLACK)
@@ -319,7 +340,7 @@ def test_padding_lies_between_the_mean_and_the_longest_and_grows_with_the_micro_
 @given(samples=st.integers(1, 5000), effective=st.integers(1, 300), epochs=st.integers(1, 9))
 def test_whole_epochs_add_up(samples: int, effective: int, epochs: int) -> None:
     plan = batching(effective_batch_size=effective, world_size=1, micro_batch_size=effective)
-    result = forecast(samples, epochs, None, [[(8, 1)]], [], plan, speed(), None)
+    result = forecast_of(samples, epochs, None, [[(8, 1)]], [], plan, speed(), None)
     assert result.steps_per_epoch == ceil(samples / effective)
     assert result.total_steps == epochs * result.steps_per_epoch
     assert result.total_seconds == pytest.approx(epochs * result.seconds_per_epoch)
@@ -327,7 +348,10 @@ def test_whole_epochs_add_up(samples: int, effective: int, epochs: int) -> None:
 
 def test_the_time_of_a_sample_is_what_was_timed_and_between_sizes_a_line_in_1_over_rows() -> None:
     """A micro-batch takes 0.4 s to begin and 0.1 s a row."""
-    known = [Timed(rows=rows, samples=8, padded_tokens=(512,), seconds=(8 / rows * 0.4 + 0.8,)) for rows in (8, 2)]
+    known = [
+        Timed(layout="fixed", rows=rows, samples=8, padded_tokens=(512,), seconds=(8 / rows * 0.4 + 0.8,))
+        for rows in (8, 2)
+    ]
     assert seconds_per_sample(2, known, None, 512) == (pytest.approx(0.3), True)
     assert seconds_per_sample(4, known, None, 512) == (pytest.approx(0.2), False)
     assert seconds_per_sample(1, known, None, 512) == (pytest.approx(0.5), False)

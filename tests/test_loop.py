@@ -108,6 +108,47 @@ def test_the_micro_batch_does_not_change_the_losses(tmp_path: Path) -> None:
     assert curves[0] == pytest.approx(curves[2], rel=1e-5)
 
 
+@pytest.mark.parametrize("model", ["tiny", "tiny-t5"])
+def test_the_layout_does_not_change_the_losses_nor_the_samples(model: str, tmp_path: Path) -> None:
+    curves, padded = {}, {}
+    for layout in ("packed", "sorted", "fixed"):
+        rows = list(train(with_layout(errand_of(tmp_path, model, output_dir=str(tmp_path / layout)), layout), never))
+        steps = [row for row in rows if row["kind"] == "train"]
+        curves[layout] = [row["loss"] for row in rows if "loss" in row]
+        padded[layout] = sum(row["padded_tokens"] for row in steps)
+        assert [row["samples"] for row in steps] == [16, 16, 8]
+        (verified,) = [row for row in rows if row.get("event") == "verified"]
+        assert (verified["layout"], verified["asked"]) == (layout, layout)
+        assert max(verified["errors"].values()) < 1e-5
+    assert curves["packed"] == pytest.approx(curves["fixed"], rel=1e-5)
+    assert curves["sorted"] == pytest.approx(curves["fixed"], rel=1e-5)
+    assert padded["packed"] < padded["sorted"] < padded["fixed"]
+
+
+def with_layout(errand: Train, layout: str) -> Train:
+    workload = errand.plan.workload.model_copy(
+        update={"layout": layout, "dropout": 0.0 if "t5" in errand.plan.workload.model else None}
+    )
+    return errand.model_copy(update={"plan": errand.plan.model_copy(update={"workload": workload})})
+
+
+def test_a_layout_that_leaks_is_not_trained_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer import forward
+
+    monkeypatch.setattr(
+        forward, "_mask", lambda model, of, to, causal: torch.zeros(len(of), 1, of.shape[1], to.shape[1])
+    )
+    rows = list(train(with_layout(errand_of(tmp_path), "packed"), never))
+    (verified,) = [row for row in rows if row.get("event") == "verified"]
+    assert (verified["asked"], verified["layout"]) == ("packed", "sorted")
+    assert verified["errors"]["packed"] > 1e-2
+    monkeypatch.undo()
+    plain = list(train(errand_of(tmp_path, output_dir=str(tmp_path / "plain")), never))
+    assert [row["loss"] for row in rows if row["kind"] == "train"] == pytest.approx(
+        [row["loss"] for row in plain if row["kind"] == "train"], rel=1e-5
+    )
+
+
 def test_validation_is_the_mean_over_tokens_whatever_the_batch(tmp_path: Path) -> None:
     losses = []
     for rows in (1, 16):

@@ -15,7 +15,7 @@ def test_it_equals_the_loss_that_transformers_computes_from_labels(family: str) 
     model = build(family, torch.float64).eval()
     samples, ids = UnevenSamples(family, 6), range(6)
     start = model.config.decoder_start_token_id if family in SEQ2SEQ else 0
-    batch = collate(ids, samples, workload(family), SpecialTokens(0, int(start or 0)), torch.float64)
+    batch = collate([[i] for i in ids], samples, workload(family), SpecialTokens(0, int(start or 0)))
     ours = loss_sum(model, batch)
 
     theirs = torch.zeros((), dtype=torch.float64)
@@ -38,7 +38,7 @@ def test_logits_of_positions_without_a_target_never_exist() -> None:
     model = build("llama")
     seen = []
     model.lm_head.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.shape))
-    batch = collate(range(6), UnevenSamples("llama", 6), workload("llama"), SpecialTokens(0, 0))
+    batch = collate([[i] for i in range(6)], UnevenSamples("llama", 6), workload("llama"), SpecialTokens(0, 0))
     loss_sum(model, batch)
     assert seen == [(1, len(batch.targets), 97)]
     assert len(batch.targets) < batch.tokens
@@ -46,6 +46,6 @@ def test_logits_of_positions_without_a_target_never_exist() -> None:
 
 def test_a_model_is_left_as_it_was() -> None:
     model = build("llama")
-    batch = collate(range(2), UnevenSamples("llama", 2), workload("llama"), SpecialTokens(0, 0))
+    batch = collate([[i] for i in range(2)], UnevenSamples("llama", 2), workload("llama"), SpecialTokens(0, 0))
     loss_sum(model, batch)
     assert not model.lm_head._forward_pre_hooks

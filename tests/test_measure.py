@@ -64,7 +64,7 @@ def test_a_size_that_fits_tells_peaks_and_times() -> None:
 def test_real_samples_are_timed_at_each_size_in_turn(tmp_path: Path) -> None:
     samples = [Sample(list(range(2, 2 + length)), [(1, length)]) for length in range(8, 108)]
     write_store(samples, tmp_path, "causal", WORK.vocabulary_size)
-    excerpt = Excerpt(store=str(tmp_path), seed=42, sizes=(8, 2))
+    excerpt = Excerpt(store=str(tmp_path), seed=42, share=16, sizes=(8, 2), layouts=())
     trial = tried(8, excerpt=excerpt)
     assert [(timed.rows, timed.samples, len(timed.seconds)) for timed in trial.timed] == [(8, 16, 3), (2, 16, 3)]
     assert all(seconds > 0 for timed in trial.timed for seconds in timed.seconds)
@@ -75,7 +75,7 @@ def test_the_heaviest_real_micro_batches_hold_less_than_the_worst_case(tmp_path:
     """Rows of up to 40 of 128 tokens, a tenth of them targets."""
     samples = [Sample(list(range(2, 2 + length)), [(length - 4, length)]) for length in range(8, 41)]
     write_store(samples, tmp_path, "causal", WORK.vocabulary_size)
-    trial = tried(16, excerpt=Excerpt(store=str(tmp_path), seed=42, sizes=(16,)))
+    trial = tried(16, excerpt=Excerpt(store=str(tmp_path), seed=42, share=16, sizes=(16,), layouts=()))
     assert trial.expected_peak_bytes is not None
     assert trial.resident_bytes is not None
     assert trial.peak_bytes is not None
@@ -91,13 +91,13 @@ def test_a_trial_that_only_tells_where_to_look_takes_few_steps() -> None:
 
 def test_a_size_over_the_budget_is_left_after_the_steps_that_tell_so(tmp_path: Path) -> None:
     write_store([Sample(list(range(2, 40)), [(1, 38)])] * 32, tmp_path, "causal", WORK.vocabulary_size)
-    excerpt = Excerpt(store=str(tmp_path), seed=42, sizes=(2,))
+    excerpt = Excerpt(store=str(tmp_path), seed=42, share=16, sizes=(2,), layouts=())
     within, over = (try_size(errand(2, excerpt=excerpt, budget_bytes=b * GIB), PROCESSOR) for b in (8, 0))
     assert (len(within.timings), len(over.timings)) == (len(DRY_LENGTHS), len(EXPLORING_LENGTHS))
     assert (within.verified, over.verified) == (True, False)
     assert (len(within.timed), len(over.timed)) == (1, 0)
     assert over.completed
-    assert over.peak_bytes == pytest.approx(within.peak_bytes, rel=0.03)
+    assert over.peak_bytes == pytest.approx(within.peak_bytes, rel=0.1)
     assert over.phases.keys() == within.phases.keys()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,11 +18,27 @@ from autotune.batching import balanced_cuts
 from autotune.plan import Task, Workload
 from trainer.data import TokenStore, write_store
 from trainer.encode import Sample
-from trainer.microbatch import IGNORED, MicroBatch, SpecialTokens, WorstCase, collate, lay_out, target_count
+from trainer.forward import forward
+from trainer.microbatch import (
+    IGNORED,
+    MicroBatch,
+    SpecialTokens,
+    WorstCase,
+    collate,
+    cut,
+    lay_out,
+    padded_size,
+    target_count,
+)
 
 FAMILY: dict[Task, str] = {"causal": "llama", "seq2seq": "t5"}
 SPECIAL = SpecialTokens(pad=0, decoder_start=1)
 WORDS = st.integers(2, 96)
+
+
+def alone(ids: Sequence[int]) -> list[list[int]]:
+    """Rows of one sample each."""
+    return [[i] for i in ids]
 
 
 class Memory:
@@ -77,7 +95,7 @@ def is_padded_length(length: int, longest: int, limit: int) -> bool:
 @given(batches("causal"))
 def test_a_causal_target_sits_where_the_token_after_is_the_target(given: tuple[list[Sample], Workload]) -> None:
     samples, work = given
-    batch = collate(range(len(samples)), Memory(samples), work, SPECIAL)
+    batch = collate(alone(range(len(samples))), Memory(samples), work, SPECIAL)
     ids = batch.inputs["input_ids"]
     found = predicted(batch, "input_ids")
     assert all(ids[row, column + 1] == token for row, column, token in found)
@@ -92,7 +110,7 @@ def test_a_seq2seq_target_sits_where_the_decoder_is_given_the_token_before(
     given: tuple[list[Sample], Workload],
 ) -> None:
     samples, work = given
-    batch = collate(range(len(samples)), Memory(samples), work, SPECIAL)
+    batch = collate(alone(range(len(samples))), Memory(samples), work, SPECIAL)
     ids = batch.inputs["decoder_input_ids"]
     targets = [sample.tokens[sample.spans[0][0] :] for sample in samples]
     found = predicted(batch, "decoder_input_ids")
@@ -103,12 +121,10 @@ def test_a_seq2seq_target_sits_where_the_decoder_is_given_the_token_before(
 
 
 @settings(deadline=None)
-@given(batches("causal") | batches("seq2seq"), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
-def test_rows_are_the_samples_padded_to_eight_but_not_over_the_limit(
-    given: tuple[list[Sample], Workload], dtype: torch.dtype
-) -> None:
+@given(batches("causal") | batches("seq2seq"))
+def test_rows_are_the_samples_padded_to_eight_but_not_over_the_limit(given: tuple[list[Sample], Workload]) -> None:
     samples, work = given
-    batch = collate(range(len(samples)), Memory(samples), work, SPECIAL, dtype)
+    batch = collate(alone(range(len(samples))), Memory(samples), work, SPECIAL)
     inputs = batch.inputs
     first = [s.tokens if work.task == "causal" else s.tokens[: s.spans[0][0]] for s in samples]
     length = inputs["input_ids"].shape[1]
@@ -124,11 +140,7 @@ def test_rows_are_the_samples_padded_to_eight_but_not_over_the_limit(
         work.max_target_len,
     )
     assert batch.padded_tokens == inputs["input_ids"].numel() + inputs["decoder_input_ids"].numel()
-    mask = inputs["attention_mask"]
-    assert mask.dtype == dtype
-    assert mask.shape == (len(samples), 1, 1, length)
-    lowest = torch.finfo(dtype).min
-    assert mask[:, 0, 0].tolist() == [[0.0] * len(row) + [lowest] * (length - len(row)) for row in first]
+    assert inputs["segments"].tolist() == [[1] * len(row) + [0] * (length - len(row)) for row in first]
 
 
 @settings(deadline=None)
@@ -145,9 +157,9 @@ def test_a_step_is_each_sample_once_in_balanced_micro_batches_the_largest_first(
     assert max(sizes) <= rows
     assert max(sizes) - min(sizes) <= 1
     starts = [sum(balanced_cuts(len(ids), rows)[:i]) for i in range(len(sizes) + 1)]
-    cuts = [collate(ids[a:b], memory, work, SPECIAL) for a, b in pairwise(starts)]
-    for batch, cut in zip(step, sorted(cuts, key=lambda cut: -cut.padded_tokens), strict=True):
-        same(batch, cut)
+    cuts = [collate(alone(ids[a:b]), memory, work, SPECIAL) for a, b in pairwise(starts)]
+    for batch, whole in zip(step, sorted(cuts, key=lambda b: -b.padded_tokens), strict=True):
+        same(batch, whole)
     assert target_count(ids, memory) == sum(int((batch.targets != IGNORED).sum()) for batch in step)
     assert sum(batch.tokens for batch in step) == sum(len(sample.tokens) for sample in samples)
 
@@ -169,11 +181,14 @@ def test_a_store_gives_the_batch_that_its_samples_give(tmp_path: Any) -> None:
     samples = [Sample([5, 6, 7, 8], [(2, 4)]), Sample([9, 10], []), Sample([11, 12, 13], [(1, 2), (2, 3)])]
     write_store(samples, tmp_path, "causal", 97)
     work = workload("llama")
-    same(collate([2, 0, 1], TokenStore(tmp_path), work, SPECIAL), collate([2, 0, 1], Memory(samples), work, SPECIAL))
+    same(
+        collate(alone([2, 0, 1]), TokenStore(tmp_path), work, SPECIAL),
+        collate(alone([2, 0, 1]), Memory(samples), work, SPECIAL),
+    )
 
 
 def test_a_batch_moves_to_a_device_whole() -> None:
-    batch = collate([0], Memory([Sample([5, 6, 7], [(2, 3)])]), workload("llama"), SPECIAL)
+    batch = collate([[0]], Memory([Sample([5, 6, 7], [(2, 3)])]), workload("llama"), SPECIAL)
     moved = batch.to(torch.device("meta"))
     tensors = [*moved.inputs.values(), moved.target_positions, moved.targets]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
@@ -188,7 +203,7 @@ def test_a_batch_moves_to_a_device_whole() -> None:
 def test_the_worst_case_fills_its_limits_with_targets(task: Task, limit: int) -> None:
     target_limit = limit + 3 if task == "seq2seq" else 0
     work = workload(FAMILY[task], max_seq_len=limit, max_target_len=target_limit)
-    batch = collate(range(3), WorstCase(work), work, SPECIAL)
+    batch = collate(alone(range(3)), WorstCase(work), work, SPECIAL)
     assert batch.inputs["input_ids"].shape == (3, limit)
     assert batch.padded_tokens == batch.tokens == 3 * work.tokens_per_row
     # The first token of a causal row has none before it that could predict it.
@@ -214,7 +229,7 @@ def test_no_batch_is_larger_than_the_worst_case(given: tuple[list[Sample], Workl
     """So a plan that holds for it holds for all data."""
     samples, work = given
     rows = range(len(samples))
-    batch, worst = (collate(rows, source, work, SPECIAL) for source in (Memory(samples), WorstCase(work)))
+    batch, worst = (collate(alone(rows), source, work, SPECIAL) for source in (Memory(samples), WorstCase(work)))
     assert batch.inputs.keys() == worst.inputs.keys()
     assert all(tensor.nbytes <= worst.inputs[name].nbytes for name, tensor in batch.inputs.items())
     assert batch.padded_tokens <= worst.padded_tokens
@@ -241,27 +256,27 @@ def test_padding_changes_no_logits_of_a_real_position(task: Task) -> None:
 
     def logits(ids: list[int], work: Workload) -> Any:
         with torch.no_grad():
-            return model(**collate(ids, Memory(samples), work, SPECIAL, double).inputs, use_cache=False).logits
+            return forward(model, collate(alone(ids), Memory(samples), work, SPECIAL).inputs)
 
     padded = logits(list(range(len(samples))), work)
     assert padded.dtype == double
     for i, sample in enumerate(samples):
         start, end = sample.spans[0] if sample.spans else (len(sample.tokens), 2 * len(sample.tokens))
         exact = workload(FAMILY[task], max_seq_len=start, max_target_len=end - start if task == "seq2seq" else 0)
-        alone = logits([i], exact)
-        assert alone.shape[1] == end - start, "one row under its own limits is not padded"
-        torch.testing.assert_close(padded[i, : end - start], alone[0], rtol=0, atol=1e-10)
+        by_itself = logits([i], exact)
+        assert by_itself.shape[1] == end - start, "one row under its own limits is not padded"
+        torch.testing.assert_close(padded[i, : end - start], by_itself[0], rtol=0, atol=1e-10)
 
 
 def test_without_its_mask_an_encoder_would_see_the_padding() -> None:
     """So the law above can fail."""
     samples = uneven("seq2seq")
     model = build("t5", torch.float64).eval()
-    inputs = collate(range(6), Memory(samples), workload("t5"), SPECIAL, torch.float64).inputs
+    batch = collate(alone(range(6)), Memory(samples), workload("t5"), SPECIAL)
+    blind = replace(batch, inputs=batch.inputs | {"segments": torch.ones_like(batch.inputs["segments"])})
     with torch.no_grad():
-        seen = model(**inputs, use_cache=False).logits[0]
-        blind = model(**(inputs | {"attention_mask": torch.zeros_like(inputs["attention_mask"])})).logits[0]
-    assert (seen - blind).abs().max() > 1e-3
+        seen, not_masked = (forward(model, b.inputs)[0] for b in (batch, blind))
+    assert (seen - not_masked).abs().max() > 1e-3
 
 
 def test_targets_come_in_few_lengths_with_little_added() -> None:
@@ -276,7 +291,79 @@ def test_targets_come_in_few_lengths_with_little_added() -> None:
             return np.array([[1, self._length]])
 
     work = workload("llama", max_seq_len=4096)
-    lengths = [len(collate([0], Rows(length), work, SPECIAL).targets) for length in range(2, 4097)]
+    lengths = [len(collate([[0]], Rows(length), work, SPECIAL).targets) for length in range(2, 4097)]
     assert all(found >= length for length, found in enumerate(lengths, 1))
     assert all(found < length + max(8, length / 8 + 1) for length, found in enumerate(lengths, 1))
     assert len(set(lengths)) <= 8 * 12
+
+
+# Rows of several samples.
+
+
+@settings(deadline=None)
+@given(batches("causal") | batches("seq2seq"), st.integers(1, 4), st.sampled_from(["packed", "sorted", "fixed"]))
+def test_each_sample_lies_whole_in_its_row_and_its_targets_where_they_are_predicted(
+    given: tuple[list[Sample], Workload], rows: int, layout: str
+) -> None:
+    samples, work = given
+    work = work.model_copy(update={"layout": layout})
+    memory, ids = Memory(samples), range(len(samples))
+    found: list[tuple[list[int], list[int]]] = []
+    for batch, laid in zip(
+        sorted(cut(ids, rows, memory, work), key=lambda b: -padded_size(b, memory, work)),
+        lay_out(ids, rows, memory, work, SPECIAL),
+        strict=True,
+    ):
+        assert padded_size(batch, memory, work) == laid.padded_tokens
+        assert laid.samples == sum(map(len, batch))
+        found += [parts for row in range(len(laid.inputs["input_ids"])) for parts in read_row(laid, row, work)]
+    expected = [(sample.tokens, targets_of(sample)) for sample in samples]
+    assert sorted(found) == sorted(expected)
+
+
+def targets_of(sample: Sample) -> list[int]:
+    return [token for start, end in sample.spans for token in sample.tokens[start:end]]
+
+
+def read_row(batch: MicroBatch, row: int, work: Workload) -> list[tuple[list[int], list[int]]]:
+    """Read samples back from a row by its segments: their tokens, and what is predicted of them."""
+    name = "input_ids" if work.task == "causal" else "decoder_input_ids"
+    ids = batch.inputs[name][row]
+    predictions = {column: token for r, column, token in predicted(batch, name) if r == row}
+    prefix = "decoder_" if work.task == "seq2seq" else ""
+    segments = batch.inputs.get(f"{prefix}segments")
+    if segments is None:  # a row is a sample, padded on its right
+        assert work.layout != "packed"
+        filled = sorted(predictions)[-1] + 1 if predictions else len(ids)
+        source = batch.inputs["input_ids"][row]
+        if work.task == "seq2seq":
+            real = int((batch.inputs["segments"][row] != 0).sum())
+            targets = [predictions[column] for column in range(filled)]
+            return [([*source[:real].tolist(), *targets], targets)]
+        real = int((source != SPECIAL.pad).sum())
+        return [(source[:real].tolist(), [predictions[column] for column in sorted(predictions)])]
+    found = []
+    for number in range(1, int(segments[row].max()) + 1):
+        places = (segments[row] == number).nonzero().flatten()
+        assert places.tolist() == list(range(int(places[0]), int(places[-1]) + 1)), "in one piece"
+        positions = batch.inputs[f"{prefix}position_ids"][row][places]
+        assert positions.tolist() == list(range(len(places))), "that begins anew"
+        targets = [predictions[place] for place in places.tolist() if place in predictions]
+        if work.task == "seq2seq":
+            assert ids[places].tolist() == [SPECIAL.decoder_start, *targets[:-1]]
+            own = batch.inputs["segments"][row] == number
+            found.append(([*batch.inputs["input_ids"][row][own].tolist(), *targets], targets))
+        else:
+            found.append((ids[places].tolist(), targets))
+    return found
+
+
+def test_rows_that_are_filled_with_several_samples_hold_what_they_say() -> None:
+    samples = [Sample([5, 6, 7, 8, 9], [(1, 3), (4, 5)]), Sample([10, 11, 12], [(2, 3)])]
+    work = workload("llama", layout="packed", max_seq_len=16)
+    (batch,) = lay_out([1, 0], 4, Memory(samples), work, SPECIAL)
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12]]
+    assert batch.inputs["segments"].tolist() == [[1, 1, 1, 1, 1, 2, 2, 2]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
+    assert predicted(batch, "input_ids") == [(0, 0, 6), (0, 1, 7), (0, 3, 9), (0, 6, 12)]
+    assert (batch.samples, batch.tokens, batch.padded_tokens) == (2, 8, 8)

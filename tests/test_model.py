@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import build, workload
+from tiny_models import MODELS, build, workload
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from autotune.errands import TokenIds
 from autotune.errors import ConfigurationError
 from trainer.microbatch import SpecialTokens, WorstCase, collate
-from trainer.model import build_for, freeze, load_config, save_model, summarise
+from trainer.model import PRESETS, build_for, freeze, load_config, save_model, summarise
 from trainer.records import Record, Turn
 from trainer.step import accumulate, start, train_step
 from trainer.tokenizer import train_tokenizer
@@ -64,7 +64,7 @@ def test_what_is_frozen_has_no_gradient_and_does_not_change(family: str) -> None
     before = {name: p.clone() for name, p in model.named_parameters()}
     state = start(model, weight_decay=0.1, precision="fp32")
     work = workload(family)
-    batch = collate(range(2), WorstCase(work), work, SpecialTokens(0, 0))
+    batch = collate([[i] for i in range(2)], WorstCase(work), work, SpecialTokens(0, 0))
     train_step(state, [batch], 8, "fp32", learning_rate=0.1, clip=0.0)
     for name, parameter in model.named_parameters():
         frozen = parameter in shared or ("layers.0." if family == "llama" else "encoder.") in name
@@ -85,7 +85,7 @@ def test_what_is_counted_as_trained_is_what_is_trained() -> None:
     trained = sum(p.numel() for p in built.parameters() if p.requires_grad)
     assert trained == summarise("tiny-t5", 300, None, parts).trainable_parameters
     work = workload("t5")
-    batch = collate(range(2), WorstCase(work), work, SpecialTokens(0, 0))
+    batch = collate([[i] for i in range(2)], WorstCase(work), work, SpecialTokens(0, 0))
     state = start(built, weight_decay=0.1, precision="fp32")
     accumulate(state, [batch], 8, "fp32")
     assert {name for name, p in built.named_parameters() if p.grad is not None} == {
@@ -225,3 +225,24 @@ def test_a_template_that_ends_answers_with_another_token_stops_generation_at_bot
     work = workload("llama", model="tiny", vocabulary_size=300)
     build_for(work, ids, torch.device("cpu")).save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id == [1, 5]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_samples_can_share_rows_in_each_preset(preset: str) -> None:
+    assert summarise(preset, None, None).packs
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_samples_can_share_rows_in_all_that_take_a_mask_of_ours(family: str, tmp_path: Path) -> None:
+    build(family).save_pretrained(tmp_path)
+    assert summarise(str(tmp_path), None, None).packs
+
+
+def test_a_model_that_takes_no_mask_of_ours_is_known_before_it_is_trained(tmp_path: Path) -> None:
+    """BLOOM makes its biases of a mask of two dimensions."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)).save_pretrained(tmp_path)
+    facts = summarise(str(tmp_path), None, None)
+    assert not facts.packs
+    assert facts.window is None

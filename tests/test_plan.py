@@ -328,7 +328,7 @@ PREPROCESS = Preprocess(
     cache_dir="/cache",
 )
 RECIPE = recipe(epochs=0.5, weight_decay=0.0, clip=0.0)
-EXCERPT = Excerpt(store="/cache/tokens/5f0c", seed=42, sizes=(4, 2))
+EXCERPT = Excerpt(store="/cache/tokens/5f0c", seed=42, share=16, sizes=(4, 2), layouts=("sorted",))
 ERRANDS = [
     PREPROCESS,
     Trace(device="cpu", fast_bf16=True, workloads=(workload(),), micro_batch_sizes=(1, 4)),
@@ -361,9 +361,10 @@ ANSWERS = [
         resident_bytes=MIB,
         host_peak_bytes=GIB,
         timings=timed(1, (512, 0.5)).timings,
-        timed=(Timed(rows=4, samples=4, padded_tokens=(64, 80), seconds=(0.1, 0.2)),),
+        timed=(Timed(layout="fixed", rows=4, samples=4, padded_tokens=(64, 80), seconds=(0.1, 0.2)),),
         evaluation_seconds=0.1,
         expected_peak_bytes=None,
+        inexact=(),
     ),
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import facts
 import pytest
@@ -14,11 +14,11 @@ from tiny_models import workload
 from autotune.account import AMPLE, Budget, check_room
 from autotune.batching import balanced_cuts, useful_sizes
 from autotune.errands import DRY_LENGTHS, EXPLORING_LENGTHS, DataSummary, Dry, TraceReport
-from autotune.errors import NothingFitsError
+from autotune.errors import ConfigurationError, NothingFitsError
 from autotune.evidence import Evidence
 from autotune.inputs import PlanInputs
 from autotune.measure import TIME_LIMIT_SECONDS
-from autotune.plan import CpuAllocator, Hardware, Plan, Request, Timed, Timing, Trial, Workload
+from autotune.plan import CpuAllocator, Hardware, Layout, Plan, Request, Timed, Timing, Trial, Workload
 from autotune.planner import Planner
 
 MIB = 2**20
@@ -69,6 +69,7 @@ class Machine:
             ),
             timed=tuple(
                 Timed(
+                    layout=work.layout,
                     rows=size,
                     samples=rows,
                     padded_tokens=(24 * rows,) * 3,
@@ -79,6 +80,7 @@ class Machine:
             verified=verified,
             evaluation_seconds=took / 4,
             expected_peak_bytes=peak if excerpt and verified else None,
+            inexact=(),
             seconds=1.0,
             message="" if fits else "no more",
         )
@@ -121,6 +123,7 @@ def planner_on(machine: Machine, hardware: Hardware = CARD, **changes: Any) -> P
         "memory_limit_bytes": None,
         "headroom": None,
         "checkpointing": "given",
+        "layout": "given",
         "offline": False,
         "data": None,
         "work": workload("llama", cpu_allocator="fast" if hardware.device == "cpu" else "tight"),
@@ -564,3 +567,101 @@ def test_host_memory_is_accounted_beside_the_cards() -> None:
     assert memory.host_peak_bytes == GIB
     assert memory.host_budget_bytes == pytest.approx(12 * GIB * 0.95)
     assert sum(memory.items.values()) == memory.measured_peak_bytes
+
+
+# Layouts.
+
+
+class Laid(Machine):
+    """A machine where what a sample takes depends on the layout, and a layout may be inexact."""
+
+    def __init__(self, seconds: dict[str, float], inexact: tuple[Layout, ...] = (), packed_bytes: int = 0) -> None:
+        super().__init__(GIB, 200 * MIB)
+        self.seconds, self.inexact, self.packed_bytes = seconds, inexact, packed_bytes
+        self.layouts: list[Layout] = []
+
+    def try_size(self, errand: Dry, *rest: Any) -> Trial:
+        trial, rows = super().try_size(errand, *rest), errand.micro_batch_size
+        self.layouts.append(errand.workload.layout)
+        if errand.excerpt is None:
+            return trial
+        ways = [(layout, rows) for layout in (errand.workload.layout, *errand.excerpt.layouts)]
+        ways += [(errand.workload.layout, size) for size in errand.excerpt.sizes[1:]]
+        timed = tuple(
+            Timed(layout=way, rows=size, samples=rows, padded_tokens=(512,) * 3, seconds=(self.seconds[way],) * 3)
+            for way, size in ways
+            if way not in self.inexact
+        )
+        return trial.model_copy(update={"timed": timed, "inexact": self.inexact})
+
+
+def laid(machine: Laid, layout: Literal["auto", "given"] = "auto", **changes: Any) -> Plan:
+    work = workload("llama", cpu_allocator="tight", layout="packed")
+    return plan_on(machine, work=work, layout=layout, data=data_of(1000), **changes)
+
+
+def test_packed_rows_stay_where_no_other_layout_is_faster_each_time() -> None:
+    machine = Laid({"packed": 1.0, "sorted": 0.97, "fixed": 2.0})
+    assert laid(machine).workload.layout == "packed"
+    assert set(machine.layouts) == {"packed"}
+
+
+def test_a_faster_layout_is_taken_and_its_size_verified_under_it() -> None:
+    machine = Laid({"packed": 1.0, "sorted": 0.8, "fixed": 2.0})
+    plan = laid(machine)
+    assert plan.workload.layout == "sorted"
+    assert machine.layouts[-1] == "sorted"
+    assert machine.layouts.count("sorted") == 1
+    assert plan.batching.micro_batch_size == machine.tried[-1][1]
+    assert plan.evidence.trials[-1].verified
+    replayed = planner_on(machine, work=workload("llama", cpu_allocator="tight", layout="packed"), layout="auto",
+        data=data_of(1000), known=planned(machine, work=workload("llama", cpu_allocator="tight", layout="packed"),
+        layout="auto", data=data_of(1000)).evidence, offline=True)  # fmt: skip
+    assert list(replayed.make()) == []
+    assert replayed.plan is not None
+    assert replayed.plan.workload.layout == "sorted"
+
+
+def test_a_layout_that_is_not_exact_is_left_for_one_that_is() -> None:
+    machine = Laid({"packed": 1.0, "sorted": 2.0, "fixed": 3.0}, inexact=("packed",))
+    assert laid(machine).workload.layout == "sorted"
+
+
+@pytest.mark.parametrize("inexact", [("packed",), ("packed", "sorted", "fixed")])
+def test_without_real_samples_the_next_layout_is_taken_for_one_that_is_not_exact(inexact: tuple[Layout, ...]) -> None:
+    class Proven(Laid):
+        def try_size(self, errand: Dry, *rest: Any) -> Trial:
+            return super().try_size(errand, *rest).model_copy(update={"inexact": inexact})
+
+    work = workload("llama", cpu_allocator="tight", layout="packed")
+    assert plan_on(Proven({}), work=work, layout="auto").workload.layout == "sorted"
+
+
+def test_a_layout_that_was_given_and_is_not_exact_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="packed rows change the gradient"):
+        laid(Laid({"packed": 1.0, "sorted": 1.0, "fixed": 1.0}, inexact=("packed",)), layout="given")
+
+
+def test_where_nothing_is_exact_rows_as_they_come_are_kept() -> None:
+    work = workload("llama", cpu_allocator="tight", layout="fixed")
+    machine = Laid({"fixed": 1.0}, inexact=("fixed",))
+    assert plan_on(machine, work=work, layout="auto", data=data_of(1000)).workload.layout == "fixed"
+
+
+def test_a_layout_that_was_given_is_kept_and_no_other_timed() -> None:
+    machine = Laid({"packed": 1.0, "sorted": 0.1, "fixed": 0.1})
+    plan = laid(machine, layout="given")
+    assert plan.workload.layout == "packed"
+    assert {t.layout for trial in plan.evidence.trials for t in trial.timed} == {"packed"}
+
+
+def test_a_size_that_was_given_is_planned_in_the_fastest_layout_too() -> None:
+    plan = laid(Laid({"packed": 1.0, "sorted": 2.0, "fixed": 0.5}), micro_batch_size=4)
+    assert (plan.workload.layout, plan.batching.micro_batch_size) == ("fixed", 4)
+
+
+def test_packed_rows_need_fewer_micro_batches_than_the_bound_and_the_plan_says_how_many() -> None:
+    plan = laid(Laid({"packed": 1.0, "sorted": 2.0, "fixed": 2.0}))
+    assert plan.batching.expected_micro_batches_per_step < plan.batching.gradient_accumulation_steps
+    assert plan.forecast is not None
+    assert plan.forecast.padded_tokens_per_sample < 32

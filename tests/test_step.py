@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from tiny_models import MODELS, UnevenSamples, build, workload
 from torch import Tensor
 
 from autotune.batching import share_of
-from autotune.plan import Precision
+from autotune.plan import Layout, Precision
 from trainer.microbatch import MicroBatch, SpecialTokens, lay_out, target_count
 from trainer.step import TrainState, accumulate, start, train_step, update
 
@@ -26,8 +27,8 @@ def gradient_of(state: TrainState) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in state.model.named_parameters() if p.grad is not None}
 
 
-def cut(family: str, samples: UnevenSamples, ids: range, rows: int, dtype: torch.dtype) -> list[MicroBatch]:
-    return lay_out(ids, rows, samples, workload(family), SpecialTokens(0, 0), dtype)
+def cut(family: str, samples: UnevenSamples, ids: range, rows: int, layout: Layout = "fixed") -> list[MicroBatch]:
+    return lay_out(ids, rows, samples, workload(family, layout=layout), SpecialTokens(0, 0))
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -40,12 +41,15 @@ FAMILIES = [(family, torch.float32) for family in MODELS]
 FAMILIES += [(family, torch.float64) for family in MODELS if family != "gemma2"]
 
 
+@pytest.mark.parametrize("layout", ["packed", "sorted", "fixed"])
 @pytest.mark.parametrize(("family", "dtype"), FAMILIES)
-def test_any_rows_and_any_ranks_give_the_gradient_of_the_whole_batch(family: str, dtype: torch.dtype) -> None:
+def test_any_layout_rows_and_ranks_give_the_gradient_of_the_whole_batch(
+    family: str, dtype: torch.dtype, layout: Layout
+) -> None:
     samples, ids = UnevenSamples(family, EFFECTIVE), range(EFFECTIVE)
     targets = target_count(ids, samples)
     state = new_state(family, dtype)
-    whole_loss = accumulate(state, cut(family, samples, ids, EFFECTIVE, dtype), targets, "fp32")
+    whole_loss = accumulate(state, cut(family, samples, ids, EFFECTIVE), targets, "fp32")
     whole = gradient_of(state)
     for world_size in (1, 2, 3):
         for rows in (1, 2, 3, 7, 16, 31):
@@ -54,7 +58,7 @@ def test_any_rows_and_any_ranks_give_the_gradient_of_the_whole_batch(family: str
             for rank in range(world_size):
                 # What ranks would add up by an all-reduce is added up here: each holds its share's gradient.
                 share = ids[first : (first := first + share_of(EFFECTIVE, world_size, rank))]
-                loss = loss + accumulate(state, cut(family, samples, share, rows, dtype), targets, "fp32")
+                loss = loss + accumulate(state, cut(family, samples, share, rows, layout), targets, "fp32")
             assert first == EFFECTIVE
             assert distance(gradient_of(state), whole) <= TOLERANCE[dtype], (world_size, rows)
             assert loss.item() == pytest.approx(whole_loss.item(), rel=TOLERANCE[dtype])
@@ -63,9 +67,7 @@ def test_any_rows_and_any_ranks_give_the_gradient_of_the_whole_batch(family: str
 def one_step(state: TrainState, family: str, precision: Precision = "fp32", **changes: float) -> tuple[Tensor, Tensor]:
     samples, ids = UnevenSamples(family, 4), range(4)
     options = {"learning_rate": 1e-2, "clip": 1.0} | changes
-    return train_step(
-        state, cut(family, samples, ids, 2, torch.float32), target_count(ids, samples), precision, **options
-    )
+    return train_step(state, cut(family, samples, ids, 2), target_count(ids, samples), precision, **options)
 
 
 def weights(state: TrainState) -> list[Tensor]:
@@ -83,7 +85,7 @@ def test_the_update_is_that_of_plain_adamw_on_the_clipped_gradient() -> None:
     scratch = start(plain, 0.1, "fp32")
     for _ in range(3):
         _, norm = one_step(ours, "llama", clip=0.05)
-        accumulate(scratch, cut("llama", samples, ids, 4, torch.float32), target_count(ids, samples), "fp32")
+        accumulate(scratch, cut("llama", samples, ids, 4), target_count(ids, samples), "fp32")
         theirs = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
         optimizer.step()
         optimizer.zero_grad()
@@ -109,7 +111,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight_and_no_moment(poison: f
     moments = [s["exp_avg"].clone() for s in state.optimizer.state.values()]
     steps = [s["step"].item() for s in state.optimizer.state.values()]
     samples, ids = UnevenSamples("llama", 4), range(4)
-    accumulate(state, cut("llama", samples, ids, 4, torch.float32), target_count(ids, samples), "fp32")
+    accumulate(state, cut("llama", samples, ids, 4), target_count(ids, samples), "fp32")
     next(state.model.parameters()).grad[0, 0] = poison
     norm = update(state, "fp32", 1e-2, 1.0)
     assert not torch.isfinite(norm)
@@ -130,7 +132,7 @@ def test_half_precision_gives_nearly_the_same_loss_and_gradient_norm(precision: 
 def test_the_fp16_loss_scale_halves_after_an_overflow_and_doubles_after_many_good_steps() -> None:
     state = new_state("llama", precision="fp16")
     first = state.loss_scale.item()
-    accumulate(state, cut("llama", UnevenSamples("llama", 2), range(2), 2, torch.float32), 1, "fp16")
+    accumulate(state, cut("llama", UnevenSamples("llama", 2), range(2), 2), 1, "fp16")
     next(state.model.parameters()).grad[0, 0] = float("inf")
     update(state, "fp16", 1e-3, 1.0)
     assert state.loss_scale.item() == first / 2
@@ -163,7 +165,8 @@ def test_a_step_without_a_single_target_is_no_nan() -> None:
     assert all(torch.isfinite(p).all() for p in state.model.parameters())
 
 
-def test_the_step_runs_under_fake_tensors() -> None:
+@pytest.mark.parametrize("layout", ["packed", "sorted", "fixed"])
+def test_the_step_runs_under_fake_tensors(layout: Layout) -> None:
     """A trace takes the very same step: no shape depends on data, and nothing is read back."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -171,14 +174,13 @@ def test_the_step_runs_under_fake_tensors() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         state = start(MODELS["t5"](), 0.1, "bf16")
         batches = [
-            MicroBatch(
-                {name: mode.from_tensor(tensor) for name, tensor in batch.inputs.items()},
-                mode.from_tensor(batch.target_positions),
-                mode.from_tensor(batch.targets),
-                batch.tokens,
-                batch.padded_tokens,
+            replace(
+                batch,
+                inputs={name: mode.from_tensor(tensor) for name, tensor in batch.inputs.items()},
+                target_positions=mode.from_tensor(batch.target_positions),
+                targets=mode.from_tensor(batch.targets),
             )
-            for batch in cut("t5", samples, ids, 2, torch.float32)
+            for batch in cut("t5", samples, ids, 2, layout)
         ]
         loss, norm = train_step(state, batches, target_count(ids, samples), "bf16", 1e-3, 1.0)
     assert loss.shape == norm.shape == ()

@@ -11,8 +11,8 @@ import pytest
 
 from autotune.errors import ConfigurationError, MachineError, RunExistsError
 from autotune.plan import Request
-from cli.wiring import make_folder, make_request, run_folder, settings_of_plan, write_run
-from profiles import resolve
+from cli.wiring import choose_layout, make_folder, make_request, run_folder, settings_of_plan, write_run
+from profiles import Settings, resolve
 
 
 def request(typed: dict[str, Any], profile: str | None = None, world_size: int = 1, *, search: bool = False) -> Request:
@@ -143,3 +143,26 @@ def test_a_folder_with_a_run_is_refused_and_one_that_cannot_be_made_too(tmp_path
     with pytest.raises(MachineError, match="has 5 MiB free, saving the model takes 24 MiB"):
         make_folder(tmp_path / "run", model, facts.hardware(disk_free_bytes=5 * 2**20))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "packs", "window", "layout"),
+    [
+        ("auto", True, None, "packed"),
+        ("auto", True, 512, "packed"),
+        ("auto", True, 511, "sorted"),
+        ("auto", False, None, "sorted"),
+        ("packed", True, 4096, "packed"),
+        ("fixed", False, 128, "fixed"),
+    ],
+)
+def test_samples_share_rows_where_the_model_lets_them(asked: Any, packs: bool, window: int | None, layout: str) -> None:
+    model = facts.preprocessed().model.model_copy(update={"packs": packs, "window": window})
+    assert choose_layout(Settings(layout=asked), model) == layout
+
+
+@pytest.mark.parametrize(("packs", "window", "why"), [(True, 128, "128 tokens of 512"), (False, None, "no mask")])
+def test_packed_rows_that_a_model_cannot_keep_apart_are_refused(packs: bool, window: int | None, why: str) -> None:
+    model = facts.preprocessed().model.model_copy(update={"packs": packs, "window": window})
+    with pytest.raises(ConfigurationError, match=why):
+        choose_layout(Settings(layout="packed"), model)

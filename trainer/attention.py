@@ -27,6 +27,8 @@ def attention_of_cards(workload: Workload, fast_bf16: bool) -> Iterator[None]:  
     """
     by_processor = functional.scaled_dot_product_attention
     scores = _shares_keys(load_config(workload.model, None, None)) and not (fast_bf16 and workload.precision != "fp32")
+    if workload.layout == "packed":
+        scores = False  # beside a mask of ours transformers gives each head keys of its own
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 
 from autotune.errands import DRY_LENGTHS, DRY_MICRO_BATCHES, EXPLORING_LENGTHS, Dry, DryReport
-from autotune.plan import Timed, Timing
+from autotune.plan import Layout, Timed, Timing
 from trainer.data import TokenStore, order
 from trainer.evaluate import total_loss
-from trainer.memory import PeakMeter, prepare_heap, trim_heap
-from trainer.microbatch import SpecialTokens, WorstCase, collate, lay_out, target_count
+from trainer.memory import PeakMeter, is_memory_error, prepare_heap, trim_heap
+from trainer.microbatch import SpecialTokens, WorstCase, collate, cut, lay_out, padded_size, target_count
 from trainer.model import build_for
+from trainer.proof import SAMPLES as PROVEN_ON
+from trainer.proof import TOLERANCE, first_samples, gradient_errors
 from trainer.step import TrainState, accumulate, start, update
 
 NO_SPECIAL = SpecialTokens(0, 0)
@@ -27,10 +29,12 @@ CLIP = 1.0
 REPEATS = 3
 TIMED_SAMPLES = 16
 """In a repeat at least: a few samples tell little of the rest."""
-BEGINNING_SAMPLES = 2**16
+BEGINNING_SAMPLES = 2**14
 """Among so many, as a run takes them, the heaviest micro-batches are looked for."""
 TIMED_SECONDS = 5.0
 """After which no further size is timed, and no repeat begun where there is nothing to compare."""
+WAYS = 4
+"""At least so many layouts and sizes should be timed within those seconds."""
 
 
 def take_dry_steps(errand: Dry) -> DryReport:
@@ -49,6 +53,7 @@ def take_dry_steps(errand: Dry) -> DryReport:
     account = Account(meter)
     # What is held while a micro-batch runs, whatever its size: gradients and two moments come to what there is now.
     resident = meter.held_bytes() + 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    inexact = _inexact(model, errand)
     state = start(model, weight_decay=0.1, precision=workload.precision)
     timings: list[Timing] = []
     for share in DRY_LENGTHS if errand.verify else EXPLORING_LENGTHS:
@@ -58,6 +63,7 @@ def take_dry_steps(errand: Dry) -> DryReport:
     _evaluate(state, errand, account)
     verified, peak = len(timings) == len(DRY_LENGTHS), account.peak_bytes
     store = TokenStore(Path(errand.excerpt.store)) if errand.excerpt and verified else None
+    per_token = min(t.seconds / t.padded_tokens for t in timings)
     return DryReport(
         verified=verified,
         peak_bytes=peak,
@@ -65,16 +71,17 @@ def take_dry_steps(errand: Dry) -> DryReport:
         resident_bytes=resident,
         host_peak_bytes=account.host_peak_bytes,
         timings=tuple(timings),
-        timed=_time(state, errand, store) if store else (),
+        timed=_time(state, errand, store, inexact, per_token) if store else (),
         evaluation_seconds=account.seconds["evaluation"],
         expected_peak_bytes=_expected_peak(state, errand, store, meter, peak) if store else None,
+        inexact=inexact,
     )
 
 
 def _step(state: TrainState, errand: Dry, share: float, account: Account) -> Timing:
     """Take the step that `train_step` takes, its two phases apart, on rows of this share of the worst-case length."""
     workload, samples, ids = errand.workload, WorstCase(errand.workload, share), range(errand.micro_batch_size)
-    batch = collate(ids, samples, workload, NO_SPECIAL)
+    batch = collate([[i] for i in ids], samples, workload, NO_SPECIAL)
     targets = DRY_MICRO_BATCHES * target_count(ids, samples)
     prepare_heap(account.device, workload.cpu_allocator)
     with account.phase("forward_backward"):  # reading a result waits for the device
@@ -91,59 +98,106 @@ def _step(state: TrainState, errand: Dry, share: float, account: Account) -> Tim
 def _evaluate(state: TrainState, errand: Dry, account: Account) -> None:
     """Take the loss of one worst-case batch, as an evaluation does."""
     workload = errand.workload
-    batch = collate(range(errand.micro_batch_size), WorstCase(workload, 1.0), workload, NO_SPECIAL)
+    rows = [[i] for i in range(errand.micro_batch_size)]
+    batch = collate(rows, WorstCase(workload, 1.0), workload, NO_SPECIAL)
     prepare_heap(account.device, workload.cpu_allocator)
     with account.phase("evaluation"):
         total_loss(state.model, [batch], workload.precision, account.device).item()
 
 
-def _time(state: TrainState, errand: Dry, store: TokenStore) -> tuple[Timed, ...]:
-    """Time real samples, cut into micro-batches of each size in turn: what slows one repeat slows all sizes in it."""
+def _inexact(model: Any, errand: Dry) -> tuple[Layout, ...]:
+    """Prove the layouts as a run does before its first step, for what that leaves behind too: kernels, a heap."""
+    workload, excerpt = errand.workload, errand.excerpt
+    if excerpt is None:
+        worst, ids = WorstCase(workload), list(range(PROVEN_ON))
+        errors = gradient_errors(model, [workload.layout], workload, worst, ids, NO_SPECIAL)
+    else:
+        store = TokenStore(Path(excerpt.store))
+        ids = first_samples(store, excerpt.seed, workload)
+        errors = gradient_errors(model, [workload.layout, *excerpt.layouts], workload, store, ids, NO_SPECIAL)
+    return tuple(layout for layout, error in errors.items() if not error <= TOLERANCE)
+
+
+def _time(
+    state: TrainState, errand: Dry, store: TokenStore, inexact: tuple[Layout, ...], seconds_per_token: float
+) -> tuple[Timed, ...]:
+    """Time real samples under each layout and at each size in turn: what slows one repeat slows all of them."""
     assert errand.excerpt is not None
-    samples = errand.micro_batch_size * ceil(TIMED_SAMPLES / errand.micro_batch_size)
-    ids = np.resize(order(len(store), errand.excerpt.seed, 0), REPEATS * samples)
-    first, *others = ids.reshape(REPEATS, samples)
-    taken: dict[int, list[tuple[int, float]]] = {}
+    own, excerpt = errand.workload.layout, errand.excerpt
+    ways = [(own, excerpt.sizes[0])] + [(layout, excerpt.sizes[0]) for layout in excerpt.layouts]
+    ways = [(layout, rows) for layout, rows in ways if layout not in inexact]
+    ways += [(own, rows) for rows in excerpt.sizes[1:] if own not in inexact]
+    beginning = order(len(store), excerpt.seed, 0)
+    samples = _timed_samples(errand, store, beginning, seconds_per_token)
+    taken: dict[tuple[Layout, int], list[tuple[int, float]]] = {}
     began = time.perf_counter()
-    for rows in errand.excerpt.sizes:
-        if not taken or time.perf_counter() - began < TIMED_SECONDS:
-            taken[rows] = [_run(state, errand, first, rows, store)]
-    for repeat in others:
-        if len(taken) > 1 or time.perf_counter() - began < TIMED_SECONDS:
-            for rows, runs in taken.items():
-                runs.append(_run(state, errand, repeat, rows, store))
+    for ids in np.resize(beginning, REPEATS * samples).reshape(REPEATS, samples):
+        for way in list(taken) or ways:
+            in_time = time.perf_counter() - began < TIMED_SECONDS
+            again = way in taken
+            if not in_time and (len(taken) == 1 if again else taken):
+                continue
+            try:
+                taken.setdefault(way, []).append(_run(state, errand, ids, *way, store))
+            except (RuntimeError, MemoryError) as error:
+                if way[0] == own or not is_memory_error(error):
+                    raise
+                del taken[way]  # whose memory was not measured
+                state.optimizer.zero_grad(set_to_none=True)
     return tuple(
-        Timed(rows=rows, samples=samples, padded_tokens=tuple(p for p, _ in runs), seconds=tuple(s for _, s in runs))
-        for rows, runs in taken.items()
+        Timed(
+            layout=layout,
+            rows=rows,
+            samples=samples,
+            padded_tokens=tuple(padded for padded, _ in runs),
+            seconds=tuple(seconds for _, seconds in runs),
+        )
+        for (layout, rows), runs in taken.items()
     )
 
 
-def _run(state: TrainState, errand: Dry, ids: Any, rows: int, store: TokenStore) -> tuple[int, float]:
+def _timed_samples(errand: Dry, store: TokenStore, beginning: Any, seconds_per_token: float) -> int:
+    """Say how many samples tell the speed of a run: whole micro-batches, if they take little, of a step's share."""
+    assert errand.excerpt is not None
+    rows, workload = errand.micro_batch_size, errand.workload
+    tokens = float(np.mean([len(store.tokens(i)) for i in beginning[:BEGINNING_SAMPLES]]))
+    whole = rows * ceil(TIMED_SAMPLES / rows)
+    if workload.layout == "packed":
+        whole = max(whole, ceil(rows * workload.tokens_per_row / tokens))
+    in_time = int(TIMED_SECONDS / WAYS / (seconds_per_token * tokens))
+    return max(TIMED_SAMPLES, min(whole, in_time, errand.excerpt.share))
+
+
+def _run(state: TrainState, errand: Dry, ids: Any, layout: Layout, rows: int, store: TokenStore) -> tuple[int, float]:
     """Run forward and backward of some samples; return the tokens that they were padded to, and the seconds."""
     began = time.perf_counter()
     prepare_heap(state.loss_scale.device, errand.workload.cpu_allocator)
-    batches = lay_out(ids, rows, store, errand.workload, NO_SPECIAL)
-    accumulate(state, batches, target_count(ids, store), errand.workload.precision).item()
+    workload = errand.workload.model_copy(update={"layout": layout})
+    batches = lay_out(ids, rows, store, workload, NO_SPECIAL)
+    accumulate(state, batches, target_count(ids, store), workload.precision).item()
     return sum(batch.padded_tokens for batch in batches), time.perf_counter() - began
 
 
 def _expected_peak(state: TrainState, errand: Dry, store: TokenStore, meter: PeakMeter, worst_case: int) -> int:
     """Measure the micro-batches of a run's beginning that are padded to most tokens and that have most targets."""
     assert errand.excerpt is not None
-    if errand.device == "cpu" and errand.workload.cpu_allocator == "fast":
+    workload, share = errand.workload, errand.excerpt.share
+    if errand.device == "cpu" and workload.cpu_allocator == "fast":
         return worst_case  # such a heap comes to it, and keeps it
-    rows = min(errand.micro_batch_size, len(store))
-    whole = max(rows, min(len(store), BEGINNING_SAMPLES) // rows * rows)
-    cuts: Any = order(len(store), errand.excerpt.seed, 0)[:whole].reshape(-1, rows)
-    targets = np.array([[target_count([i], store) for i in cut] for cut in cuts])
-    lengths = np.array([[len(store.tokens(i)) for i in cut] for cut in cuts])
-    if errand.workload.task == "seq2seq":  # source and target are padded apart
-        padded = (lengths - targets).max(axis=1) + targets.max(axis=1)
-    else:
-        padded = lengths.max(axis=1)
+    beginning = order(len(store), errand.excerpt.seed, 0)[:BEGINNING_SAMPLES].tolist()
+    batches = [
+        batch
+        for first in range(0, len(beginning), share)
+        for batch in cut(beginning[first : first + share], errand.micro_batch_size, store, workload)
+    ]
     _give_back(meter)
-    for heaviest in {int(padded.argmax()), int(targets.sum(axis=1).argmax())}:
-        _run(state, errand, cuts[heaviest], rows, store)
+    heaviest = (
+        max(batches, key=lambda batch: padded_size(batch, store, workload)),
+        max(batches, key=lambda batch: target_count([i for row in batch for i in row], store)),
+    )
+    for batch in heaviest:
+        prepare_heap(state.loss_scale.device, workload.cpu_allocator)
+        accumulate(state, [collate(batch, store, workload, NO_SPECIAL)], 1, workload.precision).item()
     return meter.peak_bytes()
 
 

@@ -12,16 +12,19 @@ import torch
 
 from autotune.batching import share_of
 from autotune.errands import Train
-from autotune.plan import Plan, Workload
+from autotune.plan import Layout, Plan
 from trainer.data import TokenStore, order
 from trainer.evaluate import perplexity, total_loss
 from trainer.memory import PeakMeter, prepare_heap
-from trainer.microbatch import SpecialTokens, lay_out, target_count
+from trainer.microbatch import MicroBatch, SpecialTokens, lay_out, target_count
 from trainer.model import build_for, save_model
+from trainer.proof import TOLERANCE, first_samples, gradient_errors
 from trainer.schedule import learning_rate_at, steps_in
 from trainer.step import TrainState, start, train_step
 
 Metrics = dict[str, Any]
+SAFER: tuple[Layout, ...] = ("sorted", "fixed")
+"""What is taken where rows of several samples are not exact."""
 
 
 def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
@@ -34,12 +37,14 @@ def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
     device = torch.device(errand.plan.hardware.device)
     meter = PeakMeter(device)
     torch.manual_seed(recipe.seed)
-    state = start(
-        build_for(workload, errand.ids, device),
-        weight_decay=recipe.weight_decay,
-        precision=workload.precision,
-    )
-    store = TokenStore(Path(errand.store))
+    model, store = build_for(workload, errand.ids, device), TokenStore(Path(errand.store))
+    verified = _verify(errand, model, store)
+    yield verified
+    layout = verified["layout"]
+    workload = workload.model_copy(update={"layout": layout})
+    errand = errand.model_copy(update={"plan": errand.plan.model_copy(update={"workload": workload})})
+    state = start(model, weight_decay=recipe.weight_decay, precision=workload.precision)
+    del model
     total_steps = steps_in(len(store), errand.plan.batching.effective_batch_size, recipe)
     yield {"kind": "event", "event": "started", "step": 0, "total_steps": total_steps, "samples": len(store)}
     ended, seconds, training_seconds, peak, tokens = "finished", 0.0, 0.0, 0, 0
@@ -64,6 +69,25 @@ def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
     folder = Path(errand.output_dir) / "model"
     save_model(model, Path(errand.tokenizer_dir), folder)
     yield {"kind": "event", "event": ended, "step": step, "model": str(folder)}
+
+
+def _verify(errand: Train, model: Any, store: TokenStore) -> Metrics:
+    """Prove the plan's layout on this model and its first samples, else the next that holds, and say so."""
+    workload, special = errand.plan.workload, special_tokens(model, errand)
+    ids = first_samples(store, errand.recipe.seed, workload)
+    errors: dict[Layout, float] = {}
+    for layout in dict.fromkeys((workload.layout, *SAFER)):
+        errors |= gradient_errors(model, [layout], workload, store, ids, special)
+        if errors[layout] <= TOLERANCE:
+            break
+    return {
+        "kind": "event",
+        "event": "verified" if errors[layout] <= TOLERANCE else "unverified",
+        "step": 0,
+        "layout": layout,
+        "asked": workload.layout,
+        "errors": errors,
+    }
 
 
 def _against(plan: Plan, step: int, seconds: float, peak: int, tokens_per_second: float, tokens: int) -> Metrics:
@@ -158,7 +182,7 @@ def _validate(errand: Train, state: TrainState, store: TokenStore, meter: PeakMe
     plan = errand.plan
     ids = range(len(store))
     special = special_tokens(state.model, errand)
-    batches = _in_order(ids, plan.batching.micro_batch_size, store, plan.workload, special)
+    batches = _in_order(ids, plan, store, special)
     prepare_heap(state.loss_scale.device, plan.workload.cpu_allocator)
     meter.reset()
     total = total_loss(state.model, batches, plan.workload.precision, state.loss_scale.device).item()
@@ -173,6 +197,7 @@ def _validate(errand: Train, state: TrainState, store: TokenStore, meter: PeakMe
     }
 
 
-def _in_order(ids: range, rows: int, store: TokenStore, workload: Workload, special: SpecialTokens) -> Iterator[Any]:
-    for first in range(0, len(ids), rows):
-        yield from lay_out(ids[first : first + rows], rows, store, workload, special)
+def _in_order(ids: range, plan: Plan, store: TokenStore, special: SpecialTokens) -> Iterator[MicroBatch]:
+    rows, together = plan.batching.micro_batch_size, plan.batching.effective_batch_size
+    for first in range(0, len(ids), together):
+        yield from lay_out(ids[first : first + together], rows, store, plan.workload, special)

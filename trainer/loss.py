@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.forward import forward
 from trainer.microbatch import IGNORED, MicroBatch
 
 
@@ -22,6 +23,6 @@ def loss_sum(model: Any, batch: MicroBatch) -> Tensor:
         return args[0].flatten(0, 1).index_select(0, batch.target_positions).unsqueeze(0)
 
     with model.get_output_embeddings().register_forward_pre_hook(at_targets):
-        logits: Tensor = model(**batch.inputs, use_cache=False).logits.squeeze(0)
+        logits = forward(model, batch.inputs).squeeze(0)
     wide = logits if logits.element_size() >= 4 else logits.float()
     return F.cross_entropy(wide, batch.targets, reduction="sum", ignore_index=IGNORED)

@@ -18,6 +18,16 @@ from autotune.plan import CpuAllocator
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
+MEMORY_ERRORS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "CUDA out of memory",
+    "NVML_SUCCESS == r INTERNAL ASSERT",
+    "std::bad_alloc",
+    "could not create a primitive",  # oneDNN, whose errors tell no more
+)
+"""What an allocator or a library that could not get its memory writes, when it is no torch.OutOfMemoryError."""
 
 
 class PeakMeter:
@@ -124,3 +134,9 @@ def _status() -> dict[str, int]:
         for name, _, value in (line.partition(":") for line in lines)
         if value.endswith(" kB")
     }
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Say whether an error is that of an allocator, or of a library, that could not get its memory."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(m in text for m in MEMORY_ERRORS)

@@ -1,14 +1,14 @@
 """The samples of one optimizer step -> micro-batches of tensors, none larger than the plan's. Pure.
 
-Layout `fixed`: a row is a sample. Rows are padded on the right, to the longest of the micro-batch rounded up to 8 (few
-shapes, and whole tiles for the matrix units). A causal model needs no mask for that: what is real never looks to its
-right. An encoder does, and gets one that is ready to be added to the scores, so that nothing is read back to build it.
+Rows are padded on the right, to the longest of the micro-batch rounded up to 8. A causal model of one sample a row
+needs no mask for that: what is real never looks to its right. All else is told by segments: which sample of its row a
+position belongs to, from 1; 0 is padding. `trainer.forward` makes the masks of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, Protocol
 
@@ -17,10 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from autotune.batching import balanced_cuts
+from autotune.batching import PADDING_MULTIPLE
+from autotune.layout import Row, arrange, padded
 from autotune.plan import Workload
 
-MULTIPLE = 8
 IGNORED = -100
 """The target of no token, as torch's cross-entropy has it by default."""
 Array = npt.NDArray[Any]
@@ -41,12 +41,13 @@ class MicroBatch:
     """One forward/backward: what the model is given, and where it has to predict what."""
 
     inputs: dict[str, Tensor]
-    """By name of the model's argument: input_ids [rows, length]; seq2seq: attention_mask [rows, 1, 1, length] of zeros
-    and of the lowest number, and decoder_input_ids [rows, target length]."""
+    """Each [rows, length], integers: `input_ids`; seq2seq `segments` and `decoder_input_ids` [rows, target length];
+    rows of several samples `segments` and `position_ids` of each side, those of the decoder with its prefix."""
     target_positions: Tensor
     """[targets], index into the flattened [rows x length] positions of the output."""
     targets: Tensor
     """[targets], token to be predicted there; IGNORED in what fills the length up."""
+    samples: int
     tokens: int
     """Real tokens, template included."""
     padded_tokens: int
@@ -54,12 +55,11 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return the same micro-batch on a device."""
-        return MicroBatch(
-            {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
-            self.target_positions.to(device, non_blocking=True),
-            self.targets.to(device, non_blocking=True),
-            self.tokens,
-            self.padded_tokens,
+        return replace(
+            self,
+            inputs={name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()},
+            target_positions=self.target_positions.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
         )
 
 
@@ -72,37 +72,42 @@ class SpecialTokens:
 
 
 def lay_out(
-    ids: Sequence[int],
-    rows: int,
-    samples: Samples,
-    workload: Workload,
-    special: SpecialTokens,
-    dtype: torch.dtype = torch.float32,
+    ids: Sequence[int], rows: int, samples: Samples, workload: Workload, special: SpecialTokens
 ) -> list[MicroBatch]:
-    """Cut the samples of a step, in their order, into balanced micro-batches of at most `rows` rows; largest first.
+    """Lay the samples of a step out as the workload says, in micro-batches of at most `rows` full rows; largest first.
 
     An allocator cuts what it keeps of a large tensor for small ones, but has to find new memory the other way round.
     """
-    batches, start = [], 0
-    for size in balanced_cuts(len(ids), rows):
-        batches.append(collate(ids[start : start + size], samples, workload, special, dtype))
-        start += size
+    batches = [collate(batch, samples, workload, special) for batch in cut(ids, rows, samples, workload)]
     return sorted(batches, key=lambda batch: batch.padded_tokens, reverse=True)
 
 
-def collate(
-    ids: Sequence[int],
-    samples: Samples,
-    workload: Workload,
-    special: SpecialTokens,
-    dtype: torch.dtype = torch.float32,
-) -> MicroBatch:
-    """Lay samples out as rows; `dtype` is that of the mask, which has to be the model's."""
-    tokens = [np.asarray(samples.tokens(i), np.int64) for i in ids]
-    spans = [samples.spans(i) for i in ids]
+def cut(ids: Sequence[int], rows: int, samples: Samples, workload: Workload) -> list[list[Row]]:
+    """Say which samples share a micro-batch, and which of them a row."""
+    lengths = [_lengths(i, samples, workload) for i in ids]
+    arranged = arrange(lengths, workload.layout, rows, workload.limits)
+    return [[[ids[i] for i in row] for row in batch] for batch in arranged]
+
+
+def padded_size(batch: Sequence[Row], samples: Samples, workload: Workload) -> int:
+    """Count the tokens of a micro-batch, padding included."""
+    rows = [[_lengths(i, samples, workload) for i in row] for row in batch]
+    sides = [[sum(lengths[side] for lengths in row) for row in rows] for side in range(len(workload.limits))]
+    return len(batch) * sum(padded(max(side), limit) for side, limit in zip(sides, workload.limits, strict=True))
+
+
+def _lengths(i: int, samples: Samples, workload: Workload) -> tuple[int, ...]:
     if workload.task == "causal":
-        return _causal(tokens, spans, workload, special)
-    return _seq2seq(tokens, spans, workload, special, dtype)
+        return (len(samples.tokens(i)),)
+    source = int(samples.spans(i)[0, 0])
+    return (source, len(samples.tokens(i)) - source)
+
+
+def collate(batch: Sequence[Row], samples: Samples, workload: Workload, special: SpecialTokens) -> MicroBatch:
+    """Lay samples out as these rows."""
+    if workload.task == "causal":
+        return _causal(batch, samples, workload, special)
+    return _seq2seq(batch, samples, workload, special)
 
 
 def target_count(ids: Sequence[int], samples: Samples) -> int:
@@ -110,54 +115,81 @@ def target_count(ids: Sequence[int], samples: Samples) -> int:
     return sum(int((spans[:, 1] - spans[:, 0]).sum()) for spans in map(samples.spans, ids))
 
 
-def _causal(tokens: list[Array], spans: list[Array], workload: Workload, special: SpecialTokens) -> MicroBatch:
+def _causal(batch: Sequence[Row], samples: Samples, workload: Workload, special: SpecialTokens) -> MicroBatch:
+    tokens = [[np.asarray(samples.tokens(i), np.int64) for i in row] for row in batch]
     length = _padded_length(tokens, workload.max_seq_len)
-    # What is predicted at a position is the token after it.
-    positions = [row * length + np.arange(s - 1, e - 1) for row, pairs in enumerate(spans) for s, e in pairs]
-    targets = [tokens[row][s:e] for row, pairs in enumerate(spans) for s, e in pairs]
+    inputs = {"input_ids": _padded(tokens, length, special.pad)}
+    if workload.layout == "packed":
+        inputs |= _places(tokens, length)
+    positions, targets = [], []
+    for row, parts in enumerate(batch):
+        start = row * length
+        for i, part in zip(parts, tokens[row], strict=True):
+            # What is predicted at a position is the token after it.
+            positions += [start + np.arange(s - 1, e - 1) for s, e in samples.spans(i)]
+            targets += [part[s:e] for s, e in samples.spans(i)]
+            start += len(part)
     return MicroBatch(
-        {"input_ids": _padded(tokens, length, special.pad)},
-        *_on_grid(positions, targets, len(tokens) * length),
-        sum(map(len, tokens)),
-        len(tokens) * length,
+        inputs,
+        *_on_grid(positions, targets, len(batch) * length),
+        samples=sum(map(len, batch)),
+        tokens=sum(len(part) for row in tokens for part in row),
+        padded_tokens=len(batch) * length,
     )
 
 
-def _seq2seq(
-    tokens: list[Array], spans: list[Array], workload: Workload, special: SpecialTokens, dtype: torch.dtype
-) -> MicroBatch:
-    sources = [row[: pairs[0, 0]] for row, pairs in zip(tokens, spans, strict=True)]
-    targets = [row[pairs[0, 0] :] for row, pairs in zip(tokens, spans, strict=True)]
-    starts = [np.concatenate(([special.decoder_start], target[:-1])) for target in targets]
-    source_length = _padded_length(sources, workload.max_seq_len)
+def _seq2seq(batch: Sequence[Row], samples: Samples, workload: Workload, special: SpecialTokens) -> MicroBatch:
+    sources: list[list[Array]] = []
+    targets: list[list[Array]] = []
+    given: list[list[Array]] = []
+    """To the decoder: what is predicted at a position is the token that it is given next."""
+    for row in batch:
+        borders = [int(samples.spans(i)[0, 0]) for i in row]
+        whole = [np.asarray(samples.tokens(i), np.int64) for i in row]
+        sources.append([tokens[:border] for tokens, border in zip(whole, borders, strict=True)])
+        targets.append([tokens[border:] for tokens, border in zip(whole, borders, strict=True)])
+        given.append([np.concatenate(([special.decoder_start], target[:-1])) for target in targets[-1]])
+    length = _padded_length(sources, workload.max_seq_len)
     target_length = _padded_length(targets, workload.max_target_len)
-    mask = np.arange(source_length) >= np.array([len(source) for source in sources])[:, None]
-    hidden = torch.from_numpy(mask)[:, None, None, :]
+    places, decoder_places = _places(sources, length), _places(targets, target_length)
+    inputs = {
+        "input_ids": _padded(sources, length, special.pad),
+        "decoder_input_ids": _padded(given, target_length, special.pad),
+        "segments": places["segments"],
+    }
+    if workload.layout == "packed":
+        inputs |= places | {f"decoder_{name}": tensor for name, tensor in decoder_places.items()}
+    row_lengths = [sum(map(len, row)) for row in targets]
     return MicroBatch(
-        {
-            "input_ids": _padded(sources, source_length, special.pad),
-            "attention_mask": torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min),
-            "decoder_input_ids": _padded(starts, target_length, special.pad),
-        },
+        inputs,
         *_on_grid(
-            [row * target_length + np.arange(len(target)) for row, target in enumerate(targets)],
-            targets,
-            len(tokens) * target_length,
+            [row * target_length + np.arange(count) for row, count in enumerate(row_lengths)],
+            [part for row in targets for part in row],
+            len(batch) * target_length,
         ),
-        sum(map(len, tokens)),
-        len(tokens) * (source_length + target_length),
+        samples=sum(map(len, batch)),
+        tokens=sum(len(part) for side in (sources, targets) for row in side for part in row),
+        padded_tokens=len(batch) * (length + target_length),
     )
 
 
-def _padded_length(rows: list[Array], limit: int) -> int:
-    return min(ceil(max(map(len, rows)) / MULTIPLE) * MULTIPLE, limit)
+def _padded_length(rows: list[list[Array]], limit: int) -> int:
+    return padded(max(sum(map(len, row)) for row in rows), limit)
 
 
-def _padded(rows: list[Array], length: int, pad: int) -> Tensor:
-    padded = np.full((len(rows), length), pad, np.int64)
-    for row, values in zip(padded, rows, strict=True):
+def _padded(rows: list[list[Array]], length: int, pad: int) -> Tensor:
+    filled = np.full((len(rows), length), pad, np.int64)
+    for row, parts in zip(filled, rows, strict=True):
+        values = np.concatenate(parts)
         row[: len(values)] = values
-    return torch.from_numpy(padded)
+    return torch.from_numpy(filled)
+
+
+def _places(rows: list[list[Array]], length: int) -> dict[str, Tensor]:
+    """Say of each position which sample of its row it belongs to, and its place in it."""
+    segments = [[np.full(len(part), at) for at, part in enumerate(row, 1)] for row in rows]
+    positions = [[np.arange(len(part)) for part in row] for row in rows]
+    return {"segments": _padded(segments, length, 0), "position_ids": _padded(positions, length, 0)}
 
 
 def _on_grid(positions: list[Array], targets: list[Array], most: int) -> tuple[Tensor, Tensor]:
@@ -167,7 +199,7 @@ def _on_grid(positions: list[Array], targets: list[Array], most: int) -> tuple[T
     take 350 MiB over 240 steps of a tiny model, which no dry step had shown.
     """
     count = sum(map(len, targets))
-    coarseness = max(MULTIPLE, 2 ** (count.bit_length() - 4))
+    coarseness = max(PADDING_MULTIPLE, 2 ** (count.bit_length() - 4))
     length = min(ceil(max(count, 1) / coarseness) * coarseness, most)
     filled = np.zeros((2, length), np.int64)
     filled[1] = IGNORED

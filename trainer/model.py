@@ -23,6 +23,7 @@ from transformers import (
 from autotune.errands import ModelSummary, TokenIds
 from autotune.errors import ConfigurationError
 from autotune.plan import Task, Workload
+from trainer.forward import forward
 
 
 def _t5(d_model: int, d_ff: int, heads: int, layers: int, vocabulary: int) -> Callable[[], T5Config]:
@@ -197,7 +198,25 @@ def summarise(
         attention=config._attn_implementation,
         random_weights=model in PRESETS,
         longest_input=absolute,
+        packs=_packs(empty),
+        window=getattr(config, "sliding_window", None),
     )
+
+
+def _packs(empty: Any) -> bool:
+    """Say whether a model, without its weights, goes through a forward of a row that several samples share.
+
+    Some know no such mask (BLOOM, state-space models). Whether one that does is also exact, a proof tells.
+    """
+    two = torch.tensor([[1, 1, 2, 2]], device="meta")
+    inputs = {"input_ids": two, "segments": two, "position_ids": two}
+    if empty.config.is_encoder_decoder:
+        inputs |= {f"decoder_{name}": two for name in tuple(inputs)}
+    try:
+        forward(empty, inputs)
+    except Exception:  # noqa: BLE001 # whatever the model's own code makes of it
+        return False
+    return True
 
 
 def build_for(workload: Workload, ids: TokenIds | None, device: torch.device, *, weights: bool = True) -> Any:

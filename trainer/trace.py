@@ -26,12 +26,13 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from autotune.batching import PADDING_MULTIPLE
 from autotune.errands import Trace, TraceReport
 from autotune.plan import Traced, Work, Workload
 from trainer.attention import attention_of_cards
 from trainer.evaluate import total_loss
 from trainer.memory import PeakMeter
-from trainer.microbatch import MULTIPLE, MicroBatch, SpecialTokens, WorstCase, collate
+from trainer.microbatch import MicroBatch, SpecialTokens, WorstCase, collate
 from trainer.model import build_for
 from trainer.step import TrainState, accumulate, start, update
 
@@ -159,7 +160,7 @@ class _TracedStep:
         model.get_output_embeddings().register_forward_pre_hook(self._at_the_head)
         self.state: TrainState = start(model, weight_decay=0.1, precision=self.workload.precision)
         longest = max(self.workload.max_seq_len, self.workload.max_target_len)
-        self._short = self._batch(1, MULTIPLE / longest)
+        self._short = self._batch(1, PADDING_MULTIPLE / longest)
         self._accumulate(self._short)
         self._update(making="optimizer_state")
 
@@ -205,7 +206,8 @@ class _TracedStep:
         self.ledger.kind = "logits_and_loss"
 
     def _batch(self, rows: int, share: float) -> MicroBatch:
-        real = collate(range(rows), WorstCase(self.workload, share), self.workload, SpecialTokens(0, 0))
+        whole = [[row] for row in range(rows)]
+        real = collate(whole, WorstCase(self.workload, share), self.workload, SpecialTokens(0, 0))
         with self.ledger.making("inputs"):
             return replace(
                 real,

@@ -23,21 +23,11 @@ from autotune.errands import ERRAND, Dry, Errand, Preprocess, Trace, Train
 from autotune.errors import MachineError, UserError
 from trainer.dry import take_dry_steps
 from trainer.loop import train
+from trainer.memory import is_memory_error
 from trainer.trace import trace
 
 OUT_OF_MEMORY_EXIT = 9
 PR_SET_PDEATHSIG = 1
-
-MEMORY_ERRORS = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDA error: out of memory",
-    "CUDA out of memory",
-    "NVML_SUCCESS == r INTERNAL ASSERT",
-    "std::bad_alloc",
-    "could not create a primitive",  # oneDNN, whose errors tell no more
-)
-"""What an allocator or a library that could not get its memory writes, when it is no torch.OutOfMemoryError."""
 
 
 class Events:
@@ -67,7 +57,7 @@ def main() -> NoReturn:
         events.send("error", type=type(error).__name__, message=error.message, hint=error.hint)
         _leave(error.exit_code)
     except (RuntimeError, MemoryError) as error:
-        if not _is_memory_error(error):
+        if not is_memory_error(error):
             raise
         traceback.print_exc()
         events.send("out_of_memory", message=str(error).splitlines()[0] if str(error) else type(error).__name__)
@@ -140,11 +130,6 @@ def _tie_to_parent(errand: Errand) -> None:
     if isinstance(errand, Dry):
         with contextlib.suppress(OSError):  # some containers mount /proc read-only
             Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-
-
-def _is_memory_error(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(m in text for m in MEMORY_ERRORS)
 
 
 def _leave(code: int) -> NoReturn:

@@ -8,9 +8,11 @@ from operator import attrgetter
 from rich.markup import escape
 from rich.table import Table
 
+from autotune.batching import largest_share
 from autotune.errands import DataSummary, Preprocessed
 from autotune.estimate import ERROR
-from autotune.plan import Alternative, Batching, CardProcess, Memory, Plan
+from autotune.forecast import expected_shape
+from autotune.plan import Alternative, CardProcess, Layout, Memory, Plan
 from cli.render.console import out
 from cli.render.explain import trials_in_force
 from cli.render.units import count, duration, gib, predicted
@@ -23,8 +25,7 @@ OTHERS_NAMED = 5
 
 def print_plan(plan: Plan, facts: Preprocessed, profile: str | None, command: str) -> None:
     """Print what would run, why it is not larger, and the command that runs it."""
-    batching = plan.batching
-    out.print(f"[bold]{batch_line(batching)}[/]\n")
+    out.print(f"[bold]{batch_line(plan)}[/]\n")
     table = Table.grid(padding=(0, 3))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -64,8 +65,15 @@ def _nvidia_smi(plan: Plan) -> str:
     )
 
 
-def batch_line(batching: Batching) -> str:
-    """Say the batch as a product, and that it is exact."""
+def batch_line(plan: Plan) -> str:
+    """Say the batch, of plain rows as a product, and that it is exact."""
+    batching = plan.batching
+    if plan.workload.layout != "fixed":
+        return (
+            f"effective batch {batching.effective_batch_size}, exactly: {plan.workload.layout} in about "
+            f"{batching.expected_micro_batches_per_step:.1f} micro-batches of at most "
+            f"{count(batching.micro_batch_size, 'full row')} x {count(batching.world_size, 'rank')}"
+        )
     note = balanced_note(batching)
     return (
         f"{count(batching.micro_batch_size, 'row')} x {batching.gradient_accumulation_steps} accumulation "
@@ -111,6 +119,7 @@ def _plan_rows(plan: Plan, facts: Preprocessed, profile: str | None) -> list[tup
                 "at full length",
             )
         )
+    rows.append(("Layout", layout_line(plan, facts.data)))
     if plan.forecast is not None:
         cast = plan.forecast
         rows.append(
@@ -124,6 +133,32 @@ def _plan_rows(plan: Plan, facts: Preprocessed, profile: str | None) -> list[tup
         rows.append(("Profile", f"{profile}; chosen {plan.batching.micro_batch_size}"))
     rows.append(("Not larger", why_not_larger(plan)))
     return rows
+
+
+def layout_line(plan: Plan, data: DataSummary | None) -> str:
+    """Say how samples share micro-batches, and what of the work is padding; of plain rows beside it."""
+    layout = plan.workload.layout
+    if data is None:
+        return LAYOUTS[layout]
+    said = f"{LAYOUTS[layout]}: {_padding(data, layout, plan):.0%} padding"
+    if layout != "fixed":
+        said += f" (plain rows {_padding(data, 'fixed', plan):.0%})"
+    return said
+
+
+def _padding(data: DataSummary, layout: Layout, plan: Plan) -> float:
+    """Return the share of padding in what a step computes on."""
+    batching, work = plan.batching, plan.workload
+    share = largest_share(min(data.samples, batching.effective_batch_size), batching.world_size)
+    shape = expected_shape(data.lengths, layout, work.limits, batching.micro_batch_size, share)
+    return max(0.0, 1 - data.tokens / data.samples * share / shape.padded_tokens)
+
+
+LAYOUTS: dict[Layout, str] = {
+    "packed": "packed, several samples a row, none of which sees another",
+    "sorted": "sorted, samples of like length together",
+    "fixed": "fixed, a row for each sample as it comes",
+}
 
 
 def others_line(others: Sequence[CardProcess]) -> str:
@@ -156,9 +191,9 @@ def why_not_larger(plan: Plan) -> str:
     batching = plan.batching
     rows, safe = batching.micro_batch_size, batching.largest_safe_micro_batch_size
     if batching.limited_by == "effective_batch":
-        return f"one micro-batch holds all {rows} samples of a rank's step"
+        return f"one micro-batch of {count(rows, 'row')} holds all samples of a rank's step"
     if batching.limited_by == "data":
-        return f"there are no more than {rows} samples a rank"
+        return f"one micro-batch of {count(rows, 'row')} holds all samples there are"
     if batching.limited_by == "user":
         return "this size was given" + ", and measured; --auto would search" * bool(plan.evidence.trials)
     if batching.limited_by == "speed":

@@ -203,7 +203,7 @@ def test_a_card_that_is_not_here_is_planned_for_by_the_trace(dialogues: Path, ch
     assert (plan["hardware"]["device"], plan["hardware"]["device_name"]) == ("cuda", "RTX 3090")
     assert (plan["batching"]["micro_batch_size"], plan["batching"]["world_size"]) == (5, 2)
     done = chatlm(*asked)
-    assert "5 rows x 1 accumulation x 2 ranks = effective batch 9, exactly" in done.stdout
+    assert "effective batch 9, exactly: packed in about 1.0 micro-batches of at most" in done.stdout
     assert "Estimated by the trace alone" in done.stdout
     assert "give or take 15%" in done.stdout
 
