@@ -11,10 +11,14 @@ from typing import Any
 from autotune.batching import PADDING_MULTIPLE, balanced_cuts, largest_share
 from autotune.errands import DataSummary, ModelSummary, Preprocess, Preprocessed, Recipe
 from autotune.errors import ConfigurationError, MachineError, RunExistsError
+from autotune.forecast import expected_shape
 from autotune.inputs import PlanInputs
 from autotune.plan import Batching, Hardware, Layout, Plan, Precision, Request, Workload
 from profiles import Resolved, Settings, parse_bytes, parse_headroom
 
+WORTH_PACKING = 0.05
+"""Share of padding below which plain rows are taken."""
+TOGETHER = 32
 LEARNING_RATES = {"pretrain": 5e-4, "sft": 1e-4}
 MIB = 2**20
 
@@ -56,11 +60,13 @@ def choose_precision(asked: str, family: str, hardware: Hardware) -> Precision:
     return "fp16" if hardware.device == "cuda" and not t5 else "fp32"
 
 
-def choose_layout(settings: Settings, model: ModelSummary) -> Layout:
+def choose_layout(settings: Settings, facts: Preprocessed, limits: tuple[int, ...]) -> Layout:
     """Take what was asked for, or packed rows, which a plan then weighs against the others; raises ConfigurationError.
 
-    Not where samples cannot share a row: attention that looks back over a window, or a model that takes no mask.
+    Not where samples cannot share a row: attention that looks back over a window, or a model that takes no mask. And
+    not where there is hardly any padding to save: masks are not for nothing.
     """
+    model = facts.model
     packs = model.packs and (model.window is None or model.window >= settings.max_seq_len)
     if settings.layout == "packed" and not packs:
         why = "it takes no mask that keeps them apart"
@@ -71,12 +77,30 @@ def choose_layout(settings: Settings, model: ModelSummary) -> Layout:
         )
     if settings.layout != "auto":
         return settings.layout
+    if facts.data is not None and _padding(facts.data, limits) < WORTH_PACKING:
+        return "fixed"
     return "packed" if packs else "sorted"
+
+
+def _padding(data: DataSummary, limits: tuple[int, ...]) -> float:
+    """Return the share of padding in plain rows, at most: as many together as a few of the longest are among."""
+    together = min(data.samples, TOGETHER)
+    return (
+        1
+        - data.tokens
+        / data.samples
+        * together
+        / expected_shape(data.lengths, "fixed", limits, together, together).padded_tokens
+    )
 
 
 def make_workload(settings: Settings, facts: Preprocessed, hardware: Hardware) -> Workload:
     """Put together what decides a step's memory and numbers, at the worst case that the data or the limits allow."""
     model = facts.model
+    source = _worst_case(settings.max_seq_len, facts, 0)
+    limits: tuple[int, ...] = (source,)
+    if model.task == "seq2seq":
+        limits = (source, _worst_case(settings.max_target_len or settings.max_seq_len, facts, 1))
     return Workload(
         model=settings.model,
         task=model.task,
@@ -84,16 +108,14 @@ def make_workload(settings: Settings, facts: Preprocessed, hardware: Hardware) -
         parameters=model.parameters,
         trainable_parameters=model.trainable_parameters,
         vocabulary_size=model.vocabulary_size,
-        max_seq_len=_worst_case(settings.max_seq_len, facts, 0),
-        max_target_len=(
-            _worst_case(settings.max_target_len or settings.max_seq_len, facts, 1) if model.task == "seq2seq" else 0
-        ),
+        max_seq_len=source,
+        max_target_len=limits[1] if model.task == "seq2seq" else 0,
         precision=choose_precision(settings.precision, model.family, hardware),
         optimizer=settings.optimizer,
         gradient_checkpointing="on" if settings.gradient_checkpointing == "on" else "off",
         frozen=settings.freeze,
         dropout=settings.dropout,
-        layout=choose_layout(settings, model),
+        layout=choose_layout(settings, facts, limits),
         loss_head="full",
         attention=model.attention,
         compile="off",

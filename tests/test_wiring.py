@@ -9,6 +9,7 @@ from typing import Any
 import facts
 import pytest
 
+from autotune.errands import DataSummary, Preprocessed
 from autotune.errors import ConfigurationError, MachineError, RunExistsError
 from autotune.plan import Request
 from cli.wiring import choose_layout, make_folder, make_request, run_folder, settings_of_plan, write_run
@@ -157,12 +158,25 @@ def test_a_folder_with_a_run_is_refused_and_one_that_cannot_be_made_too(tmp_path
     ],
 )
 def test_samples_share_rows_where_the_model_lets_them(asked: Any, packs: bool, window: int | None, layout: str) -> None:
+    assert choose_layout(Settings(layout=asked), known(packs, window), (512,)) == layout
+
+
+def known(packs: bool, window: int | None, data: DataSummary | None = None) -> Preprocessed:
     model = facts.preprocessed().model.model_copy(update={"packs": packs, "window": window})
-    assert choose_layout(Settings(layout=asked), model) == layout
+    return facts.preprocessed(model=model, data=data)
+
+
+@pytest.mark.parametrize(("short", "layout"), [(0, "fixed"), (5, "fixed"), (50, "packed")])
+def test_documents_that_fill_their_rows_are_not_packed(short: int, layout: str) -> None:
+    data = DataSummary(
+        files=("a.jsonl",), store="store", fingerprint="data", stage="pretrain", rows=100, samples=100,
+        tokens=512 * (100 - short) + 64 * short, target_tokens=100, cuts={}, unknown_share=0.0,
+        lengths=(((64, short), (512, 100 - short))[not short:],),
+    )  # fmt: skip
+    assert choose_layout(Settings(), known(packs=True, window=None, data=data), (512,)) == layout
 
 
 @pytest.mark.parametrize(("packs", "window", "why"), [(True, 128, "128 tokens of 512"), (False, None, "no mask")])
 def test_packed_rows_that_a_model_cannot_keep_apart_are_refused(packs: bool, window: int | None, why: str) -> None:
-    model = facts.preprocessed().model.model_copy(update={"packs": packs, "window": window})
     with pytest.raises(ConfigurationError, match=why):
-        choose_layout(Settings(layout="packed"), model)
+        choose_layout(Settings(layout="packed"), known(packs, window), (512,))

@@ -191,7 +191,9 @@ def why_not_larger(plan: Plan) -> str:
     batching = plan.batching
     rows, safe = batching.micro_batch_size, batching.largest_safe_micro_batch_size
     if batching.limited_by == "effective_batch":
-        return f"one micro-batch of {count(rows, 'row')} holds all samples of a rank's step"
+        if plan.workload.layout == "fixed":
+            return f"one micro-batch holds all {rows} samples of a rank's step"
+        return f"{count(rows, 'full row')} would hold all samples of a rank's step"
     if batching.limited_by == "data":
         return f"one micro-batch of {count(rows, 'row')} holds all samples there are"
     if batching.limited_by == "user":
