@@ -187,7 +187,7 @@ def test_consoles_that_are_not_utf_8_get_words_and_no_crash(encoding: str, tmp_p
 def test_a_plan_for_people_says_the_batch_the_reason_and_the_command(dialogues: Path, chatlm: CommandRunner) -> None:
     done = chatlm("plan", "--data", dialogues, "--max-seq-len", 64, "--profile", "small", "--epochs", 1, "--explain")
     assert done.returncode == 0, done.stderr
-    assert "= effective batch 16, exactly" in done.stdout
+    assert "effective batch 16, exactly" in done.stdout
     assert "small 1; chosen" in done.stdout
     assert "Not larger" in done.stdout
     assert "forward backward <- binds" in done.stdout
