@@ -37,6 +37,8 @@ class ModelSummary(Fact):
     random_weights: bool
     longest_input: int | None
     """Tokens that the model has positions for; None where there is no such limit."""
+    chunks: bool
+    """Whether its loss head can be taken in chunks: it is known what it does to its logits."""
     packs: bool
     """Whether it takes the masks by which several samples may share a row."""
     window: int | None

@@ -30,6 +30,8 @@ LEVERS = (
     "epochs",
     "precision",
     "gradient_checkpointing",
+    "layout",
+    "loss_head",
     "memory_limit",
     "headroom",
 )

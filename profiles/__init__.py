@@ -101,6 +101,12 @@ class Settings:
         "How samples share micro-batches: packed into full rows, those of like length together, or as they come; "
         "neither the samples of a step nor their gradient change. auto: the fastest that is exact.",
     )
+    loss_head: Literal["auto", "full", "chunked"] = _setting(
+        "auto",
+        "Memory",
+        "The logits of all targets at once, or of a few hundred at a time: the same gradient in less memory. auto: in "
+        "chunks where the logits of a step could take a sixteenth of what is free.",
+    )
     memory_limit: str | None = _setting(None, "Memory", "Most device memory to use, such as 6GiB.", "BYTES")
     headroom: str | None = _setting(
         None, "Memory", "What is kept back of it, such as 5% or 512MiB (default 5 %).", "SHARE|BYTES"

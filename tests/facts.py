@@ -277,6 +277,7 @@ def preprocessed(**changes: Any) -> Preprocessed:
         attention="sdpa",
         random_weights=True,
         longest_input=None,
+        chunks=True,
         packs=True,
         window=None,
     )

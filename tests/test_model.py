@@ -62,10 +62,10 @@ def test_what_is_frozen_has_no_gradient_and_does_not_change(family: str) -> None
     freeze(model, parts)
     shared = {model.get_input_embeddings().weight}
     before = {name: p.clone() for name, p in model.named_parameters()}
-    state = start(model, weight_decay=0.1, precision="fp32")
     work = workload(family)
+    state = start(model, work, weight_decay=0.1)
     batch = collate([[i] for i in range(2)], WorstCase(work), work, SpecialTokens(0, 0))
-    train_step(state, [batch], 8, "fp32", learning_rate=0.1, clip=0.0)
+    train_step(state, [batch], 8, work, learning_rate=0.1, clip=0.0)
     for name, parameter in model.named_parameters():
         frozen = parameter in shared or ("layers.0." if family == "llama" else "encoder.") in name
         assert parameter.requires_grad is not frozen, name
@@ -86,8 +86,8 @@ def test_what_is_counted_as_trained_is_what_is_trained() -> None:
     assert trained == summarise("tiny-t5", 300, None, parts).trainable_parameters
     work = workload("t5")
     batch = collate([[i] for i in range(2)], WorstCase(work), work, SpecialTokens(0, 0))
-    state = start(built, weight_decay=0.1, precision="fp32")
-    accumulate(state, [batch], 8, "fp32")
+    state = start(built, work, weight_decay=0.1)
+    accumulate(state, [batch], 8, work)
     assert {name for name, p in built.named_parameters() if p.grad is not None} == {
         name for name, p in built.named_parameters() if p.requires_grad
     }, "checkpointing makes a gradient for all that is trained, though no input has one"

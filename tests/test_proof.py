@@ -12,6 +12,7 @@ from tiny_models import MODELS, UnevenSamples, build, workload
 from autotune.errors import ConfigurationError
 from autotune.plan import Layout
 from trainer import forward as forward_room
+from trainer import loss as loss_room
 from trainer.data import TokenStore, write_store
 from trainer.encode import Sample
 from trainer.microbatch import SpecialTokens
@@ -81,6 +82,22 @@ def test_samples_too_long_to_share_a_row_are_proven_one_by_one(tmp_path: Path) -
     write_store(long, tmp_path, "causal", 97)
     found = errors(build("llama"), "llama", TokenStore(tmp_path), max_seq_len=64)
     assert max(found.values()) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["gemma2", "bart"])
+def test_a_loss_head_that_leaves_out_what_the_model_does_to_its_logits_is_refused(
+    family: str, store_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, store = build(family), store_of(family)
+    if family == "bart":
+        model.final_logits_bias.normal_()
+    else:
+        model.config.final_logit_softcapping = 0.5
+    assert max(errors(model, family, store, loss_head="chunked").values()) < 1e-5
+    monkeypatch.setattr(loss_room, "_tail", lambda model: model.get_output_embeddings())
+    with pytest.raises(ConfigurationError, match="chunked loss head changes the gradient") as error:
+        errors(model, family, store, loss_head="chunked")
+    assert "--loss-head full" in str(error.value.hint)
 
 
 def test_a_model_whose_gradient_is_no_number_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from tiny_models import MODELS, UnevenSamples, build, workload
 from torch import Tensor
 
 from autotune.batching import share_of
-from autotune.plan import Layout, Precision
+from autotune.plan import Layout, LossHead, Precision, Workload
+from trainer import loss as loss_room
 from trainer.microbatch import MicroBatch, SpecialTokens, lay_out, target_count
 from trainer.step import TrainState, accumulate, start, train_step, update
 
@@ -19,8 +20,12 @@ EFFECTIVE = 31
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
-def new_state(family: str, dtype: torch.dtype = torch.float32, precision: Precision = "fp32") -> TrainState:
-    return start(build(family, dtype), weight_decay=0.1, precision=precision)
+FP32, FP16 = workload("llama"), workload("llama", precision="fp16")
+"""Of a workload, a step knows the precision and the loss head alone."""
+
+
+def new_state(family: str, dtype: torch.dtype = torch.float32, work: Workload = FP32) -> TrainState:
+    return start(build(family, dtype), work, weight_decay=0.1)
 
 
 def gradient_of(state: TrainState) -> dict[str, Tensor]:
@@ -41,15 +46,20 @@ FAMILIES = [(family, torch.float32) for family in MODELS]
 FAMILIES += [(family, torch.float64) for family in MODELS if family != "gemma2"]
 
 
-@pytest.mark.parametrize("layout", ["packed", "sorted", "fixed"])
+@pytest.mark.parametrize(
+    ("layout", "loss_head"),
+    [("packed", "full"), ("sorted", "full"), ("fixed", "full"), ("packed", "chunked"), ("fixed", "chunked")],
+)
 @pytest.mark.parametrize(("family", "dtype"), FAMILIES)
-def test_any_layout_rows_and_ranks_give_the_gradient_of_the_whole_batch(
-    family: str, dtype: torch.dtype, layout: Layout
+def test_any_layout_loss_head_rows_and_ranks_give_the_gradient_of_the_whole_batch(
+    family: str, dtype: torch.dtype, layout: Layout, loss_head: LossHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(loss_room, "LEAST_CHUNK", 16)
+    monkeypatch.setattr(loss_room, "LOGITS", 0)
     samples, ids = UnevenSamples(family, EFFECTIVE), range(EFFECTIVE)
     targets = target_count(ids, samples)
-    state = new_state(family, dtype)
-    whole_loss = accumulate(state, cut(family, samples, ids, EFFECTIVE), targets, "fp32")
+    state, work = new_state(family, dtype), workload(family, loss_head=loss_head)
+    whole_loss = accumulate(state, cut(family, samples, ids, EFFECTIVE), targets, FP32)
     whole = gradient_of(state)
     for world_size in (1, 2, 3):
         for rows in (1, 2, 3, 7, 16, 31):
@@ -58,16 +68,16 @@ def test_any_layout_rows_and_ranks_give_the_gradient_of_the_whole_batch(
             for rank in range(world_size):
                 # What ranks would add up by an all-reduce is added up here: each holds its share's gradient.
                 share = ids[first : (first := first + share_of(EFFECTIVE, world_size, rank))]
-                loss = loss + accumulate(state, cut(family, samples, share, rows, layout), targets, "fp32")
+                loss = loss + accumulate(state, cut(family, samples, share, rows, layout), targets, work)
             assert first == EFFECTIVE
             assert distance(gradient_of(state), whole) <= TOLERANCE[dtype], (world_size, rows)
             assert loss.item() == pytest.approx(whole_loss.item(), rel=TOLERANCE[dtype])
 
 
-def one_step(state: TrainState, family: str, precision: Precision = "fp32", **changes: float) -> tuple[Tensor, Tensor]:
+def one_step(state: TrainState, family: str, work: Workload = FP32, **changes: float) -> tuple[Tensor, Tensor]:
     samples, ids = UnevenSamples(family, 4), range(4)
     options = {"learning_rate": 1e-2, "clip": 1.0} | changes
-    return train_step(state, cut(family, samples, ids, 2), target_count(ids, samples), precision, **options)
+    return train_step(state, cut(family, samples, ids, 2), target_count(ids, samples), work, **options)
 
 
 def weights(state: TrainState) -> list[Tensor]:
@@ -82,10 +92,10 @@ def test_the_update_is_that_of_plain_adamw_on_the_clipped_gradient() -> None:
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=False)
     samples, ids = UnevenSamples("llama", 4), range(4)
-    scratch = start(plain, 0.1, "fp32")
+    scratch = start(plain, FP32, 0.1)
     for _ in range(3):
         _, norm = one_step(ours, "llama", clip=0.05)
-        accumulate(scratch, cut("llama", samples, ids, 4), target_count(ids, samples), "fp32")
+        accumulate(scratch, cut("llama", samples, ids, 4), target_count(ids, samples), FP32)
         theirs = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
         optimizer.step()
         optimizer.zero_grad()
@@ -111,9 +121,9 @@ def test_a_gradient_that_is_not_finite_changes_no_weight_and_no_moment(poison: f
     moments = [s["exp_avg"].clone() for s in state.optimizer.state.values()]
     steps = [s["step"].item() for s in state.optimizer.state.values()]
     samples, ids = UnevenSamples("llama", 4), range(4)
-    accumulate(state, cut("llama", samples, ids, 4), target_count(ids, samples), "fp32")
+    accumulate(state, cut("llama", samples, ids, 4), target_count(ids, samples), FP32)
     next(state.model.parameters()).grad[0, 0] = poison
-    norm = update(state, "fp32", 1e-2, 1.0)
+    norm = update(state, FP32, 1e-2, 1.0)
     assert not torch.isfinite(norm)
     assert all(torch.equal(a, b) for a, b in zip(weights(state), before, strict=True))
     assert all(torch.equal(s["exp_avg"], m) for s, m in zip(state.optimizer.state.values(), moments, strict=True))
@@ -123,21 +133,22 @@ def test_a_gradient_that_is_not_finite_changes_no_weight_and_no_moment(poison: f
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.05), ("fp16", 0.01)])
 def test_half_precision_gives_nearly_the_same_loss_and_gradient_norm(precision: Precision, tolerance: float) -> None:
     loss, norm = one_step(new_state("llama"), "llama")
-    half_loss, half_norm = one_step(new_state("llama", precision=precision), "llama", precision)
+    work = workload("llama", precision=precision)
+    half_loss, half_norm = one_step(new_state("llama", work=work), "llama", work)
     assert half_loss.item() == pytest.approx(loss.item(), rel=tolerance)
     assert half_norm.item() == pytest.approx(norm.item(), rel=tolerance)
     assert half_loss.item() != loss.item()
 
 
 def test_the_fp16_loss_scale_halves_after_an_overflow_and_doubles_after_many_good_steps() -> None:
-    state = new_state("llama", precision="fp16")
+    state = new_state("llama", work=FP16)
     first = state.loss_scale.item()
-    accumulate(state, cut("llama", UnevenSamples("llama", 2), range(2), 2), 1, "fp16")
+    accumulate(state, cut("llama", UnevenSamples("llama", 2), range(2), 2), 1, FP16)
     next(state.model.parameters()).grad[0, 0] = float("inf")
-    update(state, "fp16", 1e-3, 1.0)
+    update(state, FP16, 1e-3, 1.0)
     assert state.loss_scale.item() == first / 2
     state.steps_since_overflow.fill_(1999)
-    one_step(state, "llama", "fp16")
+    one_step(state, "llama", FP16)
     assert state.loss_scale.item() == first
     assert state.steps_since_overflow.item() == 0
 
@@ -159,20 +170,22 @@ def test_a_step_without_a_single_target_is_no_nan() -> None:
 
     state = new_state("llama")
     batches = lay_out(range(2), 2, Nothing(), workload("llama"), SpecialTokens(0, 0))
-    loss, norm = train_step(state, batches, target_count(range(2), Nothing()), "fp32", 1e-3, 1.0)
+    loss, norm = train_step(state, batches, target_count(range(2), Nothing()), FP32, 1e-3, 1.0)
     assert loss.item() == 0
     assert norm.item() == 0
     assert all(torch.isfinite(p).all() for p in state.model.parameters())
 
 
+@pytest.mark.parametrize("loss_head", ["full", "chunked"])
 @pytest.mark.parametrize("layout", ["packed", "sorted", "fixed"])
-def test_the_step_runs_under_fake_tensors(layout: Layout) -> None:
+def test_the_step_runs_under_fake_tensors(layout: Layout, loss_head: LossHead) -> None:
     """A trace takes the very same step: no shape depends on data, and nothing is read back."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     samples, ids = UnevenSamples("t5", 4), range(4)
+    work = workload("t5", precision="bf16", loss_head=loss_head)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        state = start(MODELS["t5"](), 0.1, "bf16")
+        state = start(MODELS["t5"](), work, 0.1)
         batches = [
             replace(
                 batch,
@@ -182,5 +195,5 @@ def test_the_step_runs_under_fake_tensors(layout: Layout) -> None:
             )
             for batch in cut("t5", samples, ids, 2, layout)
         ]
-        loss, norm = train_step(state, batches, target_count(ids, samples), "bf16", 1e-3, 1.0)
+        loss, norm = train_step(state, batches, target_count(ids, samples), work, 1e-3, 1.0)
     assert loss.shape == norm.shape == ()

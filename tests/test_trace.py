@@ -16,7 +16,7 @@ from autotune.errands import Dry, Trace, TraceReport
 from autotune.estimate import estimate
 from autotune.inputs import PlanInputs
 from autotune.measure import trace_sizes, try_size
-from autotune.plan import Device, Hardware, Plan, Rates, Traced, Workload
+from autotune.plan import Device, Hardware, LossHead, Plan, Rates, Traced, Workload
 from trainer.memory import PeakMeter
 from trainer.trace import CPU, trace
 
@@ -138,11 +138,12 @@ def test_any_shape_that_transformers_loads_is_traced_without_its_weights(family:
     assert peak(few) < peak(many)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "tiny-t5"])
-def test_the_trace_and_the_process_are_what_is_measured(preset: str) -> None:
+@pytest.mark.parametrize(("preset", "loss_head"), [("tiny", "full"), ("tiny", "chunked"), ("tiny-t5", "full")])
+def test_the_trace_and_the_process_are_what_is_measured(preset: str, loss_head: LossHead) -> None:
     lengths = {"max_seq_len": 256, "max_target_len": 256 if preset == "tiny-t5" else 0}
     family = "t5" if preset == "tiny-t5" else "llama"
-    work = workload(family, model=preset, precision="bf16", cpu_allocator="tight", **lengths)
+    step = {"precision": "bf16", "loss_head": loss_head, "cpu_allocator": "tight"}
+    work = workload(family, model=preset, **step, **lengths)
     (report,) = trace_sizes([work], PROCESSOR, (16,))
     errand = Dry(
         workload=work,
@@ -230,6 +231,15 @@ def test_the_work_of_a_step_is_six_flops_a_parameter_and_token_and_attention_ove
     assert one.update.flops == 0
     # Fused AdamW reads weight, gradient and two moments and writes all but the gradient; the norm reads gradients.
     assert 7 * 4 * TINY <= one.update.moved_bytes <= 14 * 4 * TINY
+
+
+def test_a_head_in_chunks_holds_the_logits_of_no_more_than_a_chunk() -> None:
+    """Beyond a chunk, the logits' share of the peak grows by the targets alone, not by vocabulary times targets."""
+    work = workload(max_seq_len=256, loss_head="chunked")
+    few, many = (one.items["logits_and_loss"] for one in traced(work, 16, 64))
+    assert many - few < 48 * 256 * 6400
+    few, many = (one.items["logits_and_loss"] for one in traced(workload(max_seq_len=256), 16, 64))
+    assert many - few > 48 * 256 * 6400 * 4
 
 
 def test_what_cannot_be_traced_is_no_error() -> None:

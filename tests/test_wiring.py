@@ -12,7 +12,15 @@ import pytest
 from autotune.errands import DataSummary, Preprocessed
 from autotune.errors import ConfigurationError, MachineError, RunExistsError
 from autotune.plan import Request
-from cli.wiring import choose_layout, make_folder, make_request, run_folder, settings_of_plan, write_run
+from cli.wiring import (
+    choose_layout,
+    choose_loss_head,
+    make_folder,
+    make_request,
+    run_folder,
+    settings_of_plan,
+    write_run,
+)
 from profiles import Settings, resolve
 
 
@@ -180,3 +188,20 @@ def test_documents_that_fill_their_rows_are_not_packed(short: int, layout: str) 
 def test_packed_rows_that_a_model_cannot_keep_apart_are_refused(packs: bool, window: int | None, why: str) -> None:
     with pytest.raises(ConfigurationError, match=why):
         choose_layout(Settings(layout="packed"), known(packs, window), (512,))
+
+
+@pytest.mark.parametrize(
+    ("asked", "chunks", "limit", "loss_head"),
+    [
+        # 32 x 512 x 6400 logits of 8 bytes are 0.78 GiB.
+        ("auto", True, "12GiB", "chunked"),
+        ("auto", True, "13GiB", "full"),
+        ("auto", False, "12GiB", "full"),
+        ("chunked", False, "13GiB", "chunked"),
+        ("full", True, "1GiB", "full"),
+    ],
+)
+def test_logits_are_taken_in_chunks_where_they_are_much(asked: Any, chunks: bool, limit: str, loss_head: str) -> None:
+    model = facts.preprocessed().model.model_copy(update={"chunks": chunks, "vocabulary_size": 6400})
+    settings = Settings(loss_head=asked, memory_limit=limit)
+    assert choose_loss_head(settings, facts.preprocessed(model=model), facts.hardware(world_size=1), 512) == loss_head

@@ -54,7 +54,7 @@ def take_dry_steps(errand: Dry) -> DryReport:
     # What is held while a micro-batch runs, whatever its size: gradients and two moments come to what there is now.
     resident = meter.held_bytes() + 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
     inexact = _inexact(model, errand)
-    state = start(model, weight_decay=0.1, precision=workload.precision)
+    state = start(model, workload, weight_decay=0.1)
     timings: list[Timing] = []
     for share in DRY_LENGTHS if errand.verify else EXPLORING_LENGTHS:
         if len(timings) >= len(EXPLORING_LENGTHS) and account.peak_bytes > errand.budget_bytes:
@@ -85,9 +85,9 @@ def _step(state: TrainState, errand: Dry, share: float, account: Account) -> Tim
     targets = DRY_MICRO_BATCHES * target_count(ids, samples)
     prepare_heap(account.device, workload.cpu_allocator)
     with account.phase("forward_backward"):  # reading a result waits for the device
-        accumulate(state, [batch] * DRY_MICRO_BATCHES, targets, workload.precision).item()
+        accumulate(state, [batch] * DRY_MICRO_BATCHES, targets, workload).item()
     with account.phase("optimizer"):
-        update(state, workload.precision, LEARNING_RATE, CLIP).item()
+        update(state, workload, LEARNING_RATE, CLIP).item()
     return Timing(
         padded_tokens=batch.padded_tokens,
         seconds=account.seconds["forward_backward"] / DRY_MICRO_BATCHES,
@@ -102,7 +102,7 @@ def _evaluate(state: TrainState, errand: Dry, account: Account) -> None:
     batch = collate(rows, WorstCase(workload, 1.0), workload, NO_SPECIAL)
     prepare_heap(account.device, workload.cpu_allocator)
     with account.phase("evaluation"):
-        total_loss(state.model, [batch], workload.precision, account.device).item()
+        total_loss(state.model, [batch], workload, account.device).item()
 
 
 def _inexact(model: Any, errand: Dry) -> tuple[Layout, ...]:
@@ -174,7 +174,7 @@ def _run(state: TrainState, errand: Dry, ids: Any, layout: Layout, rows: int, st
     prepare_heap(state.loss_scale.device, errand.workload.cpu_allocator)
     workload = errand.workload.model_copy(update={"layout": layout})
     batches = lay_out(ids, rows, store, workload, NO_SPECIAL)
-    accumulate(state, batches, target_count(ids, store), workload.precision).item()
+    accumulate(state, batches, target_count(ids, store), workload).item()
     return sum(batch.padded_tokens for batch in batches), time.perf_counter() - began
 
 
@@ -197,7 +197,7 @@ def _expected_peak(state: TrainState, errand: Dry, store: TokenStore, meter: Pea
     )
     for batch in heaviest:
         prepare_heap(state.loss_scale.device, workload.cpu_allocator)
-        accumulate(state, [collate(batch, store, workload, NO_SPECIAL)], 1, workload.precision).item()
+        accumulate(state, [collate(batch, store, workload, NO_SPECIAL)], 1, workload).item()
     return meter.peak_bytes()
 
 

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autotune.plan import Precision
+from autotune.plan import Workload
 from trainer.loss import loss_sum
 from trainer.microbatch import MicroBatch
 from trainer.step import autocast
 
 
 @torch.no_grad()
-def total_loss(model: Any, batches: Iterable[MicroBatch], precision: Precision, device: torch.device) -> Tensor:
+def total_loss(model: Any, batches: Iterable[MicroBatch], workload: Workload, device: torch.device) -> Tensor:
     """Return the sum of the losses of all targets, in fp64; the model is in evaluation mode afterwards."""
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
-        with autocast(device, precision):
-            total += loss_sum(model, batch.to(device))
+        with autocast(device, workload.precision):
+            total += loss_sum(model, batch.to(device), workload.loss_head)
     return total
 
 

@@ -43,7 +43,7 @@ def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
     layout = verified["layout"]
     workload = workload.model_copy(update={"layout": layout})
     errand = errand.model_copy(update={"plan": errand.plan.model_copy(update={"workload": workload})})
-    state = start(model, weight_decay=recipe.weight_decay, precision=workload.precision)
+    state = start(model, workload, recipe.weight_decay)
     del model
     total_steps = steps_in(len(store), errand.plan.batching.effective_batch_size, recipe)
     yield {"kind": "event", "event": "started", "step": 0, "total_steps": total_steps, "samples": len(store)}
@@ -148,7 +148,7 @@ def _one_step(
     rate = learning_rate_at(state.step, total_steps, recipe)
     prepare_heap(state.loss_scale.device, plan.workload.cpu_allocator)
     meter.reset()
-    loss, norm = train_step(state, batches, targets, plan.workload.precision, rate, recipe.clip)
+    loss, norm = train_step(state, batches, targets, plan.workload, rate, recipe.clip)
     state.step += 1
     state.samples += len(ids)
     return {
@@ -185,7 +185,7 @@ def _validate(errand: Train, state: TrainState, store: TokenStore, meter: PeakMe
     batches = _in_order(ids, plan, store, special)
     prepare_heap(state.loss_scale.device, plan.workload.cpu_allocator)
     meter.reset()
-    total = total_loss(state.model, batches, plan.workload.precision, state.loss_scale.device).item()
+    total = total_loss(state.model, batches, plan.workload, state.loss_scale.device).item()
     loss = total / max(1, target_count(ids, store))
     return {
         "kind": "validation",

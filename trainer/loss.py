@@ -1,28 +1,109 @@
-"""The token-weighted loss. Positions without a target are dropped before the vocabulary head, by ready indices."""
+"""The token-weighted loss. Positions without a target are dropped before the vocabulary head, by ready indices.
+
+Loss head `full` holds the logits of all targets at once, and again their gradient. `chunked` holds those of a few
+hundred: it takes the gradient of each chunk as soon as its loss is known, so that no logits are kept, nor made twice.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autotune.plan import LossHead
 from trainer.forward import forward
 from trainer.microbatch import IGNORED, MicroBatch
 
+LOGITS = 2**24
+"""In a chunk, at most: 64 MiB in fp32. A matrix product of less is slower, and more is no faster."""
+LEAST_CHUNK = 256
 
-def loss_sum(model: Any, batch: MicroBatch) -> Tensor:
+KNOWN_TAILS = {
+    *("bart", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "llama"),
+    *("mbart", "mistral", "mt5", "qwen2", "qwen3", "smollm3", "t5"),
+}
+"""Families (transformers' model types) of which it is known what they do to their logits: what `_tail` does."""
+
+Tail = Callable[[Tensor], Tensor]
+
+
+def loss_sum(model: Any, batch: MicroBatch, loss_head: LossHead) -> Tensor:
     """Return the sum of the cross-entropies of all targets, in fp32 at least.
 
-    The model's own forward runs whole, with all it does before and after its head (T5 scales, BART adds a bias, Gemma
-    caps); only the head's input is narrowed, from [rows, length, width] to [1, targets, width], so that logits of
-    positions without a target never exist.
+    The model's own forward runs whole, with all it does before its head (T5 scales there); only the head's input is
+    narrowed, from [rows, length, width] to [1, targets, width], so that logits of positions without a target never
+    exist. A chunked head is given a single position, and does the targets apart.
     """
+    hidden: list[Tensor] = []
 
     def at_targets(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
-        return args[0].flatten(0, 1).index_select(0, batch.target_positions).unsqueeze(0)
+        hidden.append(args[0].flatten(0, 1).index_select(0, batch.target_positions))
+        return (hidden[0] if loss_head == "full" else hidden[0][:1].detach()).unsqueeze(0)
 
-    with model.get_output_embeddings().register_forward_pre_hook(at_targets):
+    head = model.get_output_embeddings()
+    with head.register_forward_pre_hook(at_targets):
         logits = forward(model, batch.inputs).squeeze(0)
+    if loss_head == "full":
+        return _cross_entropy(logits, batch.targets)
+    size = _chunk_size(logits.shape[-1])
+    if not torch.is_grad_enabled():
+        pieces = zip(torch.split(hidden[0], size), torch.split(batch.targets, size), strict=True)
+        return torch.stack([_cross_entropy(_tail(model)(h), t) for h, t in pieces]).sum()
+    trained = [p for p in head.parameters() if p.requires_grad]
+    loss: Tensor = _Chunked.apply(hidden[0], batch.targets, _tail(model), size, *trained)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     wide = logits if logits.element_size() >= 4 else logits.float()
-    return F.cross_entropy(wide, batch.targets, reduction="sum", ignore_index=IGNORED)
+    return F.cross_entropy(wide, targets, reduction="sum", ignore_index=IGNORED)
+
+
+def _chunk_size(vocabulary_size: int) -> int:
+    """Return the targets of a chunk: a power of two, so that what is left of a batch is of few lengths too."""
+    return int(max(LEAST_CHUNK, 2 ** ((LOGITS // vocabulary_size).bit_length() - 1)))
+
+
+def _tail(model: Any) -> Tail:
+    """Return the head, and what models do after it: BART adds a bias, Gemma caps."""
+    head = model.get_output_embeddings()
+    bias = getattr(model, "final_logits_bias", None)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+
+    def tail(hidden: Tensor) -> Tensor:
+        logits: Tensor = head(hidden)
+        if bias is not None:
+            logits = logits + bias[0].to(logits.dtype)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return tail
+
+
+class _Chunked(torch.autograd.Function):
+    """The sum of losses, chunk by chunk; gradients are taken in the forward, and scaled in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, tail: Tail, size: int, *trained: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        of_hidden = torch.empty_like(hidden)
+        of_trained = [torch.zeros_like(p) for p in trained]
+        for h, t, g in zip(*(torch.split(whole, size) for whole in (hidden, targets, of_hidden)), strict=True):
+            with torch.enable_grad():
+                piece = h.detach().requires_grad_()
+                loss = _cross_entropy(tail(piece), t)
+                first, *others = torch.autograd.grad(loss, (piece, *trained))
+            g.copy_(first)
+            for whole, part in zip(of_trained, others, strict=True):
+                whole.add_(part)
+            total += loss.detach()
+        ctx.save_for_backward(of_hidden, *of_trained)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        of_hidden, *of_trained = ctx.saved_tensors
+        scale = upstream[0]
+        return (of_hidden.mul_(scale), None, None, None, *(g.mul_(scale) for g in of_trained))

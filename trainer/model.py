@@ -24,6 +24,7 @@ from autotune.errands import ModelSummary, TokenIds
 from autotune.errors import ConfigurationError
 from autotune.plan import Task, Workload
 from trainer.forward import forward
+from trainer.loss import KNOWN_TAILS
 
 
 def _t5(d_model: int, d_ff: int, heads: int, layers: int, vocabulary: int) -> Callable[[], T5Config]:
@@ -198,6 +199,7 @@ def summarise(
         attention=config._attn_implementation,
         random_weights=model in PRESETS,
         longest_input=absolute,
+        chunks=config.model_type in KNOWN_TAILS,
         packs=_packs(empty),
         window=getattr(config, "sliding_window", None),
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from autotune.errors import ConfigurationError
-from autotune.plan import Layout, Workload
+from autotune.plan import Layout, LossHead, Workload
 from trainer.data import TokenStore, order
 from trainer.loss import loss_sum
 from trainer.microbatch import Array, MicroBatch, Samples, SpecialTokens, lay_out, target_count
@@ -42,34 +42,55 @@ def gradient_errors(
     ids: Sequence[int],
     special: SpecialTokens,
 ) -> dict[Layout, float]:
-    """Return by how much each layout moves the gradient and the loss of a few samples, as a share of either.
+    """Return by how much each layout moves the gradient and the loss of a few samples, as a share of either, 1 at most.
 
-    Raises ConfigurationError where they are no number: nothing could be trained.
+    The workload's loss head is part of it: what is moved from is one sample at a time, and the model's own logits.
+    Raises ConfigurationError where they are no number, so that nothing could be trained, and for a head that is wrong.
     """
     samples = Short(whole, workload)
     if not ids:
         return dict.fromkeys(layouts, 0.0)  # there is no gradient that could change
-    parameters = [p for p in model.parameters() if p.requires_grad]
     was_training = model.training
     model.eval()
-    alone = workload.model_copy(update={"layout": "fixed"})
+    plain = workload.model_copy(update={"layout": "fixed"})
+    alone = [batch for i in ids for batch in lay_out([i], 1, samples, plain, special)]
     errors: dict[Layout, float] = {}
     for layout in layouts:
         arranged = workload.model_copy(update={"layout": layout})
-        loss = _backward(model, [b for i in ids for b in lay_out([i], 1, samples, alone, special)], 1.0)
-        norm = _norm(parameters)
-        # What one layout adds the other takes away, so that one gradient is held, as in a step.
-        its_loss = _backward(model, lay_out(ids, len(ids), samples, arranged, special), -1.0)
-        moved = _norm(parameters) / norm
-        model.zero_grad(set_to_none=True)
-        if not math.isfinite(moved):
-            raise ConfigurationError(
-                f"the gradient of {workload.model} on its first samples is not finite",
-                "its weights may be damaged: give the folder of another checkpoint",
-            )
-        errors[layout] = max(moved, abs(its_loss / loss - 1))
+        together = lay_out(ids, len(ids), samples, arranged, special)
+        moved = _moved(model, alone, together, workload.loss_head)
+        errors[layout] = moved if moved <= 1 else 1.0  # what is not finite, too
+    if not min(errors.values()) <= TOLERANCE:
+        _check_itself(model, alone, workload)
     model.train(was_training)
     return errors
+
+
+def _check_itself(model: Any, alone: Sequence[MicroBatch], workload: Workload) -> None:
+    """Where no layout holds, see whether it is for the model itself, or its loss head."""
+    if not math.isfinite(_moved(model, alone, alone, "full")):
+        raise ConfigurationError(
+            f"the gradient of {workload.model} on its first samples is not finite",
+            "its weights may be damaged: give the folder of another checkpoint",
+        )
+    error = _moved(model, alone, alone, workload.loss_head)
+    if not error <= TOLERANCE:
+        raise ConfigurationError(
+            f"the {workload.loss_head} loss head changes the gradient of {workload.model} by {error:.0e}",
+            "use --loss-head full, or leave it out",
+        )
+
+
+def _moved(model: Any, alone: Sequence[MicroBatch], together: Sequence[MicroBatch], loss_head: LossHead) -> float:
+    """Return the greater change, that of the gradient by norm or of the loss."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    loss = _backward(model, alone, 1.0, "full")
+    norm = _norm(parameters)
+    # What one way adds the other takes away, so that one gradient is held, as in a step.
+    its_loss = _backward(model, together, -1.0, loss_head)
+    moved = _norm(parameters) / norm
+    model.zero_grad(set_to_none=True)
+    return max(moved, abs(its_loss / loss - 1))
 
 
 class Short:
@@ -100,10 +121,10 @@ class Short:
         return int(self._samples.spans(i)[0, 0])
 
 
-def _backward(model: Any, batches: Iterable[MicroBatch], sign: float) -> float:
+def _backward(model: Any, batches: Iterable[MicroBatch], sign: float, loss_head: LossHead) -> float:
     total = 0.0
     for batch in batches:
-        loss: Tensor = loss_sum(model, batch.to(model.device))
+        loss: Tensor = loss_sum(model, batch.to(model.device), loss_head)
         (sign * loss).backward()  # type: ignore[no-untyped-call]
         total += loss.item()
     return total

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autotune.plan import Precision
+from autotune.plan import Precision, Workload
 from trainer.loss import loss_sum
 from trainer.microbatch import MicroBatch
 
@@ -38,7 +38,7 @@ class TrainState:
     """Samples used in them, over all epochs."""
 
 
-def start(model: Any, weight_decay: float, precision: Precision) -> TrainState:
+def start(model: Any, workload: Workload, weight_decay: float) -> TrainState:
     """Return the state before the first step: AdamW, without decay on vectors (norms and biases)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -47,7 +47,7 @@ def start(model: Any, weight_decay: float, precision: Precision) -> TrainState:
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=BETAS, fused=True)
     device = parameters[0].device
-    scale = FIRST_LOSS_SCALE if precision == "fp16" else 1.0
+    scale = FIRST_LOSS_SCALE if workload.precision == "fp16" else 1.0
     return TrainState(model, optimizer, torch.tensor(scale, device=device), torch.zeros((), device=device))
 
 
@@ -55,17 +55,17 @@ def train_step(
     state: TrainState,
     micro_batches: Iterable[MicroBatch],
     target_tokens: int,
-    precision: Precision,
+    workload: Workload,
     learning_rate: float,
     clip: float,
 ) -> tuple[Tensor, Tensor]:
     """Take one step; return its loss (mean over target tokens) and gradient norm before clipping, as tensors."""
-    loss = accumulate(state, micro_batches, target_tokens, precision)
-    return loss, update(state, precision, learning_rate, clip)
+    loss = accumulate(state, micro_batches, target_tokens, workload)
+    return loss, update(state, workload, learning_rate, clip)
 
 
 def accumulate(
-    state: TrainState, micro_batches: Iterable[MicroBatch], target_tokens: int, precision: Precision
+    state: TrainState, micro_batches: Iterable[MicroBatch], target_tokens: int, workload: Workload
 ) -> Tensor:
     """Add up the gradient of (sum of token losses) / `target_tokens`, those of the whole step over all ranks.
 
@@ -76,8 +76,8 @@ def accumulate(
     state.model.train()
     for batch in micro_batches:
         batch = batch.to(device)
-        with autocast(device, precision):
-            loss = loss_sum(state.model, batch)
+        with autocast(device, workload.precision):
+            loss = loss_sum(state.model, batch, workload.loss_head)
         (loss * (state.loss_scale / max(target_tokens, 1))).backward()  # type: ignore[no-untyped-call]
         total = total + loss.detach()
     return total / max(target_tokens, 1)
@@ -89,7 +89,7 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
-def update(state: TrainState, precision: Precision, learning_rate: float, clip: float) -> Tensor:
+def update(state: TrainState, workload: Workload, learning_rate: float, clip: float) -> Tensor:
     """Clip, step and zero; return the norm of the unscaled gradient. A gradient that is not finite changes no weight.
 
     Unscaling and clipping ride on the fused optimizer, which divides by `grad_scale` as it reads the gradient, and
@@ -105,7 +105,7 @@ def update(state: TrainState, precision: Precision, learning_rate: float, clip: 
     state.optimizer.found_inf = overflow  # type: ignore[attr-defined]
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    if precision == "fp16":
+    if workload.precision == "fp16":
         _adapt_loss_scale(state, overflow)
     return norm
 

@@ -158,7 +158,7 @@ class _TracedStep:
         for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             parameter.register_post_accumulate_grad_hook(lambda p: self.ledger.rename(p.grad, "gradients"))
         model.get_output_embeddings().register_forward_pre_hook(self._at_the_head)
-        self.state: TrainState = start(model, weight_decay=0.1, precision=self.workload.precision)
+        self.state: TrainState = start(model, self.workload, weight_decay=0.1)
         longest = max(self.workload.max_seq_len, self.workload.max_target_len)
         self._short = self._batch(1, PADDING_MULTIPLE / longest)
         self._accumulate(self._short)
@@ -192,15 +192,15 @@ class _TracedStep:
 
     def _accumulate(self, batch: MicroBatch) -> None:
         with self.ledger.making("activations"):
-            accumulate(self.state, [batch], 1, self.workload.precision)
+            accumulate(self.state, [batch], 1, self.workload)
 
     def _update(self, making: str = "temporaries") -> None:
         with self.ledger.making(making):
-            update(self.state, self.workload.precision, RATE, CLIP)
+            update(self.state, self.workload, RATE, CLIP)
 
     def _evaluate(self, batch: MicroBatch) -> None:
         with self.ledger.making("activations"):
-            total_loss(self.state.model, [batch], self.workload.precision, CPU)
+            total_loss(self.state.model, [batch], self.workload, CPU)
 
     def _at_the_head(self, *_: Any) -> None:
         self.ledger.kind = "logits_and_loss"

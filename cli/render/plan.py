@@ -89,7 +89,7 @@ def _plan_rows(plan: Plan, facts: Preprocessed, profile: str | None) -> list[tup
         (
             "Model",
             f"{work.model}, {work.parameters / 1e6:.1f} M parameters{trained * bool(work.frozen)}, {work.task}, "
-            f"{work.precision}",
+            f"{work.precision}" + ", loss head in chunks" * (work.loss_head == "chunked"),
         ),
         (
             "Machine",
