@@ -11,7 +11,7 @@ from statistics import median
 from typing import NamedTuple
 
 from autotune.batching import PADDING_MULTIPLE, balanced_cuts, largest_share
-from autotune.errands import DataSummary, Recipe
+from autotune.errands import DRY_MICRO_BATCHES, DataSummary, Recipe
 from autotune.evidence import traced_work
 from autotune.plan import Batching, Forecast, Layout, Rates, Speed, Timed, Traced, Trial, Work, Workload
 
@@ -173,6 +173,15 @@ def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
     slope = sum((x - x_mean) * (y - y_mean) for x, y in points) / spread if spread else 0.0
     slope = min(max(slope, 0.0), y_mean / x_mean)
     return max(0.0, y_mean - slope * x_mean), slope
+
+
+def compile_seconds(trial: Trial) -> float:
+    """Return by how much a compiled trial's first step took longer than those after it: what it costs a run, at most.
+
+    Kernels are kept on disk, so that a run after its trial pays less.
+    """
+    first = trial.timings[0].seconds
+    return DRY_MICRO_BATCHES * (first - min(t.seconds for t in trial.timings))
 
 
 def rows_per_second(trial: Trial) -> float:

@@ -79,6 +79,8 @@ class Request(Fact):
     """`auto` takes gradient checkpointing where nothing fits without it, or where it is faster; else the workload's."""
     layout: Literal["auto", "given"]
     """`auto` takes another than the workload's where it is faster, or where that one is not exact."""
+    compile: Literal["auto", "given"]
+    """`auto` compiles where the steps there are repay it, by measuring; else the workload's."""
     memory_limit_bytes: int | None
     headroom: float | None
     """Bytes from 1 on, below 1 a share of the limit, None the default."""

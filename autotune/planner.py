@@ -11,7 +11,7 @@ from autotune.batching import largest_share
 from autotune.errors import ConfigurationError, NothingFitsError
 from autotune.evidence import Evidence, alike
 from autotune.explore import Exploration, Measuring, Timing, Trials
-from autotune.forecast import beats, expect, fastest, forecast_run, measure_speed, seconds_per_sample
+from autotune.forecast import beats, compile_seconds, expect, fastest, forecast_run, measure_speed, seconds_per_sample
 from autotune.inputs import PlanInputs
 from autotune.plan import (
     SCHEMA,
@@ -33,6 +33,10 @@ FASTER = 1.05
 """A smaller micro-batch, or another layout, is taken when it was faster by this factor in each of its repeats."""
 LAYOUTS: tuple[Layout, ...] = ("packed", "sorted", "fixed")
 """Each is exact for all models that the one before it is."""
+LONG_SECONDS = 900.0
+"""A shorter run is not worth a trial of compiled layers, which takes one to three minutes."""
+REPAYS = 2.0
+"""Compiling is taken where it is forecast to save a run so many times what it costs."""
 RECOMPUTING = 1 / 3
 """Checkpointing runs each forward again: a third of what forward and backward take (Chen et al. 2016, 1604.06174)."""
 
@@ -71,6 +75,7 @@ class Planner:
         if fixed is not None:
             chosen = yield from self._fix(plain, fixed)
             chosen = yield from self._choose_layout(chosen, fixed)
+            chosen = yield from self._choose_compile(chosen, fixed, "user")
             return chosen, fixed, "user"
         yield from plain.search()
         chosen = plain
@@ -81,7 +86,9 @@ class Planner:
         if chosen.largest == 0:
             self._explain_nothing_fits(chosen)
         chosen = yield from self._choose_layout(chosen, chosen.largest)
-        return (chosen, *(yield from self._choose_size(chosen)))
+        rows, limited_by = yield from self._choose_size(chosen)
+        chosen = yield from self._choose_compile(chosen, rows, limited_by)
+        return chosen, rows, limited_by
 
     @property
     def _kind(self) -> Literal["measured", "cached"]:
@@ -104,7 +111,10 @@ class Planner:
         if data is not None:
             smaller = request.prefer == "auto" and request.micro_batch_size is None
             # Of what was chosen, and verified after, no other is timed again.
-            chosen = request.layout == "given" or workload.layout != self._inputs.workload.layout
+            asked = self._inputs.workload
+            compiled = workload.compile != asked.compile
+            smaller = smaller and not compiled
+            chosen = request.layout == "given" or workload.layout != asked.layout or compiled
             others = () if chosen else LAYOUTS[LAYOUTS.index(workload.layout) + 1 :]
             share = largest_share(self._inputs.samples, self._hardware.world_size)
             timing = Timing(data.store, self._inputs.recipe.seed, share, smaller, others)
@@ -221,6 +231,38 @@ class Planner:
                 ):
                     return faster, "speed"
         return rows, self._inputs.limited_by(rows)
+
+    def _choose_compile(
+        self, exploration: Exploration, rows: int, limited_by: LimitedBy
+    ) -> Generator[Trial, None, Exploration]:
+        """Take compiled layers where what they save of this run, as measured, repays making them.
+
+        On a processor only where memory is ample: the compiler takes some too, while a step holds its own.
+        """
+        plain = self._write(exploration, rows, limited_by)
+        tight = self._hardware.device == "cpu" and exploration.workload.cpu_allocator == "tight"
+        if self._request.compile == "given" or tight or not plain.forecast:
+            return exploration
+        if plain.forecast.total_seconds < LONG_SECONDS:
+            return exploration
+        other = self._explore(exploration.workload.model_copy(update={"compile": "on"}))
+        other.report = exploration.report  # it computes the same
+        self._explorations.append(other)
+        try:
+            if not other.has_verified(rows):
+                yield from other.try_size(rows)
+        except ConfigurationError:  # there is a compiler, and it does not compile this
+            return exploration
+        if other.largest < rows:
+            return exploration
+        compiled = self._write(other, rows, limited_by)
+        assert compiled.forecast is not None
+        self._alternatives += [
+            self._alternative(f"--compile {plan.workload.compile}", e, rows, plan.speed)
+            for e, plan in ((exploration, plain), (other, compiled))
+        ]
+        saved = plain.forecast.total_seconds - compiled.forecast.total_seconds
+        return other if saved > REPAYS * compile_seconds(other.trial_of(rows)) else exploration
 
     @property
     def _budget_words(self) -> str:

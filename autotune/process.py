@@ -76,6 +76,8 @@ class Worker:
             **ALLOCATORS[allocator],
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores)),
             "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"),
+            # What compiles beside a worker holds memory that no plan counts.
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
         }
         self._lines: queue.Queue[bytes | None] = queue.Queue()

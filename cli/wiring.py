@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from math import ceil
 from pathlib import Path
@@ -135,7 +136,7 @@ def make_workload(settings: Settings, facts: Preprocessed, hardware: Hardware) -
         layout=choose_layout(settings, facts, limits),
         loss_head=choose_loss_head(settings, facts, hardware, limits[-1]),
         attention=model.attention,
-        compile="off",
+        compile="on" if settings.compile == "on" else "off",
         cpu_allocator="fast" if hardware.device == "cpu" else "tight",
         tokenizer_fingerprint=facts.tokenizer_fingerprint,
         data_fingerprint=facts.data.fingerprint if facts.data else None,
@@ -195,10 +196,16 @@ def make_request(resolved: Resolved, world_size: int, *, search: bool, offline: 
         prefer=settings.prefer,
         checkpointing="auto" if settings.gradient_checkpointing == "auto" else "given",
         layout="auto" if settings.layout == "auto" else "given",
+        compile="auto" if settings.compile == "auto" and _has_compiler() else "given",
         offline=offline,
         memory_limit_bytes=limit,
         headroom=headroom,
     )
+
+
+def _has_compiler() -> bool:
+    """Say whether there is a C++ compiler, as torch.compile looks for one; Triton on a card needs one too."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "cl"))
 
 
 def memory_wishes(settings: Settings) -> tuple[int | None, float | None]:
@@ -262,6 +269,7 @@ def settings_of_plan(plan: Plan, resolved: Resolved) -> Settings:
         "gradient_checkpointing": workload.gradient_checkpointing,
         "layout": workload.layout,
         "loss_head": workload.loss_head,
+        "compile": workload.compile,
         "effective_batch_size": batching.effective_batch_size,
         "batch_size_per_gpu": batching.micro_batch_size,
         "gradient_accumulation_steps": batching.gradient_accumulation_steps,

@@ -107,6 +107,12 @@ class Settings:
         "The logits of all targets at once, or of a few hundred at a time: the same gradient in less memory. auto: in "
         "chunks where the logits of a step could take a sixteenth of what is free.",
     )
+    compile: Literal["auto", "on", "off"] = _setting(
+        "auto",
+        "Batch",
+        "Kernels of its own for the model's layers (torch.compile). auto: where the gain that is measured here repays "
+        "making them in the steps that there are; tried for runs from a quarter of an hour on.",
+    )
     memory_limit: str | None = _setting(None, "Memory", "Most device memory to use, such as 6GiB.", "BYTES")
     headroom: str | None = _setting(
         None, "Memory", "What is kept back of it, such as 5% or 512MiB (default 5 %).", "SHARE|BYTES"

@@ -99,6 +99,7 @@ def request(**changes: Any) -> Request:
         "prefer": "auto",
         "checkpointing": "auto",
         "layout": "given",
+        "compile": "given",
         "memory_limit_bytes": None,
         "headroom": None,
         "offline": False,

@@ -17,6 +17,7 @@ from autotune.errands import DRY_LENGTHS
 from autotune.forecast import (
     Histogram,
     beats,
+    compile_seconds,
     expected_longest,
     fastest,
     forecast,
@@ -182,6 +183,11 @@ def test_without_timings_there_is_no_speed() -> None:
 
 
 # The speed by which sizes are compared.
+
+
+def test_what_compiling_costs_is_what_the_first_step_took_beyond_the_others() -> None:
+    trial = timed(8, (4096, 20.5), (2048, 0.25), (4096, 0.5), (4096, 0.6))
+    assert compile_seconds(trial) == pytest.approx(2 * (20.5 - 0.25))
 
 
 def test_rows_per_second_are_those_of_the_best_full_length_step_after_the_first() -> None:

@@ -124,6 +124,7 @@ def planner_on(machine: Machine, hardware: Hardware = CARD, **changes: Any) -> P
         "headroom": None,
         "checkpointing": "given",
         "layout": "given",
+        "compile": "given",
         "offline": False,
         "data": None,
         "work": workload("llama", cpu_allocator="fast" if hardware.device == "cpu" else "tight"),
@@ -665,3 +666,98 @@ def test_packed_rows_need_fewer_micro_batches_than_the_bound_and_the_plan_says_h
     assert plan.batching.expected_micro_batches_per_step < plan.batching.gradient_accumulation_steps
     assert plan.forecast is not None
     assert plan.forecast.padded_tokens_per_sample < 32
+
+
+# Compiled layers.
+
+
+class Compiler(Machine):
+    """A machine on which compiled layers take a share of the time, after a first step that makes them."""
+
+    def __init__(self, share: float, making_seconds: float = 60.0, per_row: int = 200 * MIB) -> None:
+        super().__init__(GIB, per_row)
+        self.share, self.making_seconds = share, making_seconds
+        self.compiled: list[int] = []
+
+    def try_size(self, errand: Dry, *rest: Any) -> Trial:
+        trial = super().try_size(errand, *rest)
+        if errand.workload.compile == "off" or not trial.timings:
+            return trial
+        self.compiled.append(errand.micro_batch_size)
+        if self.making_seconds == float("inf"):
+            raise ConfigurationError("it does not compile here: no compiler")
+        timings = [t.model_copy(update={"seconds": t.seconds * self.share}) for t in trial.timings]
+        timings[0] = timings[0].model_copy(update={"seconds": timings[0].seconds + self.making_seconds / 2})
+        timed = [t.model_copy(update={"seconds": tuple(s * self.share for s in t.seconds)}) for t in trial.timed]
+        return trial.model_copy(update={"timings": tuple(timings), "timed": tuple(timed)})
+
+
+HOURS = 10**6
+"""Samples that take hours on these machines."""
+
+
+def compiling(machine: Compiler, samples: int = HOURS, hardware: Hardware = CARD, **changes: Any) -> Planner:
+    return planned(machine, hardware, data=data_of(samples), **({"compile": "auto"} | changes))
+
+
+def test_compiled_layers_are_taken_at_the_chosen_size_where_the_run_repays_them() -> None:
+    machine = Compiler(0.7)
+    plan, without = compiling(machine).plan, compiling(Compiler(0.7), compile="given").plan
+    assert plan is not None
+    assert without is not None
+    assert (plan.workload.compile, without.workload.compile) == ("on", "off")
+    assert machine.compiled == [plan.batching.micro_batch_size] == [without.batching.micro_batch_size]
+    assert plan.forecast is not None
+    assert without.forecast is not None
+    assert plan.forecast.total_seconds == pytest.approx(0.7 * without.forecast.total_seconds, rel=0.01)
+    assert [a.change for a in plan.alternatives] == ["--compile off", "--compile on"]
+    assert plan.evidence.trials[-1].verified
+
+
+@pytest.mark.parametrize(
+    ("share", "making", "samples", "tried"),
+    [
+        (0.7, 10_000.0, HOURS, True),  # more than the run
+        (0.999, 60.0, HOURS, True),  # no gain
+        (0.7, float("inf"), HOURS, True),  # no compiler
+        (0.7, 60.0, 1000, False),  # a short run
+    ],
+)
+def test_compiled_layers_that_do_not_repay_are_left(share: float, making: float, samples: int, tried: bool) -> None:
+    machine = Compiler(share, making)
+    plan = compiling(machine, samples).plan
+    assert plan is not None
+    assert plan.workload.compile == "off"
+    assert bool(machine.compiled) is tried
+
+
+def test_on_a_processor_no_compiler_runs_beside_a_step_that_fills_memory() -> None:
+    tight, ample = Compiler(0.7), Compiler(0.7, per_row=MIB)
+    assert compiling(tight, hardware=PROCESSOR).plan.workload.compile == "off"  # type: ignore[union-attr]
+    assert compiling(ample, hardware=PROCESSOR).plan.workload.compile == "on"  # type: ignore[union-attr]
+    assert not tight.compiled
+
+
+def test_compiled_layers_that_hold_too_much_are_left() -> None:
+    class Greedy(Compiler):
+        def try_size(self, errand: Dry, *rest: Any) -> Trial:
+            trial = super().try_size(errand, *rest)
+            return trial.model_copy(update={"peak_bytes": 8 * GIB}) if errand.workload.compile == "on" else trial
+
+    plan = compiling(Greedy(0.5)).plan
+    assert plan is not None
+    assert plan.workload.compile == "off"
+
+
+def test_what_was_learned_of_compiled_layers_is_remembered() -> None:
+    first = compiling(Compiler(0.7))
+    again = compiling(machine := Compiler(0.7), known=first.evidence, offline=True)
+    assert machine.tried == []
+    assert again.plan is not None
+    assert again.plan.workload.compile == "on"
+
+
+def test_a_size_that_was_given_may_be_compiled_too() -> None:
+    plan = compiling(Compiler(0.7), micro_batch_size=4).plan
+    assert plan is not None
+    assert (plan.workload.compile, plan.batching.micro_batch_size) == ("on", 4)

@@ -133,6 +133,8 @@ def _time(
     began = time.perf_counter()
     for ids in np.resize(beginning, REPEATS * samples).reshape(REPEATS, samples):
         for way in list(taken) or ways:
+            if errand.workload.compile == "on" and way not in taken:
+                _run(state, errand, ids, *way, store)  # makes the kernels that are missing
             in_time = time.perf_counter() - began < TIMED_SECONDS
             again = way in taken
             if not in_time and (len(taken) == 1 if again else taken):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from autotune.plan import Workload
+from trainer.compiled import eagerly
 from trainer.loss import loss_sum
 from trainer.microbatch import MicroBatch
 from trainer.step import autocast
@@ -21,7 +22,7 @@ def total_loss(model: Any, batches: Iterable[MicroBatch], workload: Workload, de
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
-        with autocast(device, workload.precision):
+        with autocast(device, workload.precision), eagerly(workload.compile):
             total += loss_sum(model, batch.to(device), workload.loss_head)
     return total
 

@@ -23,6 +23,7 @@ from transformers import (
 from autotune.errands import ModelSummary, TokenIds
 from autotune.errors import ConfigurationError
 from autotune.plan import Task, Workload
+from trainer.compiled import compile_layers
 from trainer.forward import forward
 from trainer.loss import KNOWN_TAILS
 
@@ -224,8 +225,8 @@ def _packs(empty: Any) -> bool:
 def build_for(workload: Workload, ids: TokenIds | None, device: torch.device, *, weights: bool = True) -> Any:
     """Build a preset with random weights from torch's generator, or load a checkpoint; weights are fp32.
 
-    Without `weights` a checkpoint's shape is built, and its weights are not read. `ids` are set in a preset's
-    configuration, and in the generation configuration of either.
+    Without `weights` a checkpoint's shape is built, its weights are not read, and nothing is compiled. `ids` are set in
+    a preset's configuration, and in the generation configuration of either.
     """
     model, task = workload.model, workload.task
     config = load_config(model, workload.vocabulary_size if model in PRESETS else None, workload.dropout)
@@ -252,6 +253,8 @@ def build_for(workload: Workload, ids: TokenIds | None, device: torch.device, *,
         # transformers renamed it late in version 5, and warns of the old name.
         enable = getattr(built, "activation_checkpointing_enable", None) or built.gradient_checkpointing_enable
         enable()
+    if workload.compile == "on" and weights:
+        compile_layers(built)
     return built.to(device) if weights else built
 
 

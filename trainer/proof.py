@@ -17,6 +17,7 @@ from torch import Tensor
 
 from autotune.errors import ConfigurationError
 from autotune.plan import Layout, LossHead, Workload
+from trainer.compiled import eagerly
 from trainer.data import TokenStore, order
 from trainer.loss import loss_sum
 from trainer.microbatch import Array, MicroBatch, Samples, SpecialTokens, lay_out, target_count
@@ -55,13 +56,14 @@ def gradient_errors(
     plain = workload.model_copy(update={"layout": "fixed"})
     alone = [batch for i in ids for batch in lay_out([i], 1, samples, plain, special)]
     errors: dict[Layout, float] = {}
-    for layout in layouts:
-        arranged = workload.model_copy(update={"layout": layout})
-        together = lay_out(ids, len(ids), samples, arranged, special)
-        moved = _moved(model, alone, together, workload.loss_head)
-        errors[layout] = moved if moved <= 1 else 1.0  # what is not finite, too
-    if not min(errors.values()) <= TOLERANCE:
-        _check_itself(model, alone, workload)
+    with eagerly(workload.compile):
+        for layout in layouts:
+            arranged = workload.model_copy(update={"layout": layout})
+            together = lay_out(ids, len(ids), samples, arranged, special)
+            moved = _moved(model, alone, together, workload.loss_head)
+            errors[layout] = moved if moved <= 1 else 1.0  # what is not finite, too
+        if not min(errors.values()) <= TOLERANCE:
+            _check_itself(model, alone, workload)
     model.train(was_training)
     return errors
 

@@ -20,13 +20,15 @@ from typing import Any, NoReturn
 import torch
 
 from autotune.errands import ERRAND, Dry, Errand, Preprocess, Trace, Train
-from autotune.errors import MachineError, UserError
+from autotune.errors import ConfigurationError, MachineError, UserError
+from trainer.compiled import is_compile_error
 from trainer.dry import take_dry_steps
 from trainer.loop import train
 from trainer.memory import is_memory_error
 from trainer.trace import trace
 
 OUT_OF_MEMORY_EXIT = 9
+NO_COMPILE = "leave --compile on out; it needs a C++ compiler on a processor, and Triton on a card"
 PR_SET_PDEATHSIG = 1
 
 
@@ -57,6 +59,12 @@ def main() -> NoReturn:
         events.send("error", type=type(error).__name__, message=error.message, hint=error.hint)
         _leave(error.exit_code)
     except (RuntimeError, MemoryError) as error:
+        if is_compile_error(error):
+            line = str(error).strip().splitlines()[0]
+            events.send(
+                "error", type="ConfigurationError", message=f"it does not compile here: {line}", hint=NO_COMPILE
+            )
+            _leave(ConfigurationError.exit_code)
         if not is_memory_error(error):
             raise
         traceback.print_exc()
