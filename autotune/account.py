@@ -120,8 +120,8 @@ def process_bytes(report: TraceReport, hardware: Hardware) -> int:
 
 
 def state_bytes(workload: Workload) -> int:
-    """Return the bytes of weights, gradients and two moments in fp32."""
-    return 4 * workload.parameters + 12 * workload.trainable_parameters
+    """Return the bytes of fp32 weights and gradients, and of the optimizer's state."""
+    return 4 * (workload.parameters + workload.trainable_parameters) + workload.optimizer_state_bytes
 
 
 def measured_account(
@@ -177,11 +177,11 @@ def _measured_items(workload: Workload, report: TraceReport, hardware: Hardware,
 
 
 def itemise(workload: Workload, resident_bytes: int, peak_bytes: int) -> dict[str, int]:
-    """Say what the peak is made of: fp32 weights and gradients, two moments, the process, and what grows with rows."""
+    """Say what the peak is made of: weights, gradients, optimizer state, the process, and what grows with rows."""
     items = {
         "weights": 4 * workload.parameters,
         "gradients": 4 * workload.trainable_parameters,
-        "optimizer_state": 8 * workload.trainable_parameters,
+        "optimizer_state": workload.optimizer_state_bytes,
     }
     items["process"] = max(0, resident_bytes - sum(items.values()))
     items["activations_and_temporaries"] = max(0, peak_bytes - sum(items.values()))

@@ -18,6 +18,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["cuda", "cpu"]
 Layout = Literal["packed", "sorted", "fixed"]
 LossHead = Literal["full", "chunked"]
+Optimizer = Literal["adamw", "adafactor"]
 CpuAllocator = Literal["fast", "tight"]
 Switch = Literal["on", "off"]
 LimitedBy = Literal["memory", "effective_batch", "speed", "data", "user"]
@@ -44,7 +45,7 @@ class Workload(Fact):
     max_target_len: int
     """Worst-case tokens of one target row (seq2seq); 0 for a causal model."""
     precision: Precision
-    optimizer: Literal["adamw"]
+    optimizer: Optimizer
     gradient_checkpointing: Switch
     frozen: tuple[str, ...]
     dropout: float | None
@@ -56,6 +57,11 @@ class Workload(Fact):
     cpu_allocator: CpuAllocator
     tokenizer_fingerprint: str | None
     data_fingerprint: str | None
+
+    @property
+    def optimizer_state_bytes(self) -> int:
+        """What the optimizer keeps: two moments of AdamW's; Adafactor's rows and columns are next to nothing."""
+        return 8 * self.trainable_parameters if self.optimizer == "adamw" else 0
 
     @property
     def limits(self) -> tuple[int, ...]:

@@ -81,9 +81,11 @@ class Settings:
     div_factor: float = _setting(
         25.0, "Training", "One cycle begins at the rate over this; the rate itself is the peak."
     )
-    weight_decay: float = _setting(0.1, "Training", "AdamW's weight decay, of matrices alone.")
+    weight_decay: float = _setting(0.1, "Training", "Weight decay, of matrices alone.")
     clip: float = _setting(1.0, "Training", "Largest gradient norm; 0 does not clip.")
-    optimizer: Literal["adamw"] = _setting("adamw", "Training", "Optimizer.")
+    optimizer: Literal["adamw", "adafactor"] = _setting(
+        "adamw", "Training", "adafactor keeps squared gradients by rows and columns: 8 bytes a parameter less to hold."
+    )
     seed: int = _setting(42, "Training", "Decides weights, dropout and the order of samples.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _setting(
         "auto",

@@ -24,21 +24,21 @@ def test_checkpointing_comes_first_then_half_the_length_and_half_of_that() -> No
         ("on", 256),
         ("on", 128),
         ("on", SHORTEST_SEQUENCE),
+        ("on", 512),
     ]
     assert [options for options, _ in changes] == [
         "--gradient-checkpointing on",
         "--gradient-checkpointing on --max-seq-len 256",
         "--gradient-checkpointing on --max-seq-len 128",
         "--gradient-checkpointing on --max-seq-len 64",
+        "--gradient-checkpointing on --optimizer adafactor",
     ]
 
 
 def test_what_is_on_already_is_not_advised_and_what_is_short_already_is_not_cut() -> None:
-    assert [w.max_seq_len for _, w in milder(workload(gradient_checkpointing="on", max_seq_len=256), hardware())] == [
-        128,
-        64,
-    ]
-    assert milder(workload(gradient_checkpointing="on", max_seq_len=2 * SHORTEST_SEQUENCE - 1), hardware()) == []
+    step = {"gradient_checkpointing": "on", "optimizer": "adafactor"}
+    assert [w.max_seq_len for _, w in milder(workload(**step, max_seq_len=256), hardware())] == [128, 64]
+    assert milder(workload(**step, max_seq_len=2 * SHORTEST_SEQUENCE - 1), hardware()) == []
 
 
 seq2seq = {"task": "seq2seq", "gradient_checkpointing": "on"}
@@ -84,7 +84,9 @@ def test_each_change_is_harder_than_the_one_before_and_no_side_grows(
         max_target_len=target if seq2seq else 0,
     )
     before = work
-    *others, frozen = milder(work, hardware()) if seq2seq else [*milder(work, hardware()), None]
+    *others, factored, frozen = milder(work, hardware()) if seq2seq else [*milder(work, hardware()), None]
+    assert factored is not None
+    assert factored[1] == work.model_copy(update={"gradient_checkpointing": "on", "optimizer": "adafactor"})
     if frozen is not None:
         _, changed = frozen
         assert changed == work.model_copy(update={"gradient_checkpointing": "on", "frozen": changed.frozen})
@@ -104,7 +106,7 @@ def test_each_change_is_harder_than_the_one_before_and_no_side_grows(
 
 
 def test_half_precision_is_advised_only_to_hardware_that_has_it() -> None:
-    full = workload(precision="fp32", max_seq_len=64)
+    full = workload(precision="fp32", max_seq_len=64, optimizer="adafactor")
     options = [change for change, _ in milder(full, hardware())]
     assert options == ["--gradient-checkpointing on", "--gradient-checkpointing on --precision bf16"]
     assert len(milder(full, hardware(fast_bf16=False))) == 1

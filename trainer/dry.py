@@ -51,8 +51,9 @@ def take_dry_steps(errand: Dry) -> DryReport:
     torch.manual_seed(0)
     model = build_for(workload, None, device)
     account = Account(meter)
-    # What is held while a micro-batch runs, whatever its size: gradients and two moments come to what there is now.
-    resident = meter.held_bytes() + 3 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    # Held while a micro-batch runs, whatever its size: gradients and the optimizer's state come to what there is now.
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    resident = meter.held_bytes() + gradients + workload.optimizer_state_bytes
     inexact = _inexact(model, errand)
     state = start(model, workload, weight_decay=0.1)
     timings: list[Timing] = []

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from autotune.plan import Precision, Workload
+from trainer.adafactor import Adafactor
 from trainer.loss import loss_sum
 from trainer.microbatch import MicroBatch
 
@@ -39,13 +40,18 @@ class TrainState:
 
 
 def start(model: Any, workload: Workload, weight_decay: float) -> TrainState:
-    """Return the state before the first step: AdamW, without decay on vectors (norms and biases)."""
+    """Return the state before the first step; the optimizer decays no vectors (norms and biases)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=BETAS, fused=True)
+    groups = [group for group in groups if group["params"]]
+    optimizer: torch.optim.Optimizer
+    if workload.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, betas=BETAS, fused=True)
+    else:
+        optimizer = Adafactor(groups)
     device = parameters[0].device
     scale = FIRST_LOSS_SCALE if workload.precision == "fp16" else 1.0
     return TrainState(model, optimizer, torch.tensor(scale, device=device), torch.zeros((), device=device))
@@ -92,7 +98,7 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 def update(state: TrainState, workload: Workload, learning_rate: float, clip: float) -> Tensor:
     """Clip, step and zero; return the norm of the unscaled gradient. A gradient that is not finite changes no weight.
 
-    Unscaling and clipping ride on the fused optimizer, which divides by `grad_scale` as it reads the gradient, and
+    Unscaling and clipping ride on the optimizer, which divides by `grad_scale` as it reads the gradient, and
     leaves weights and moments alone where `found_inf` is 1 (what torch.amp.GradScaler hands it).
     """
     gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
