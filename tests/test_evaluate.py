@@ -188,7 +188,7 @@ def test_answers_stay_within_the_limits_and_what_the_plan_holds(tmp_path: Path) 
     for q, answer in zip(evaluator._scored, evaluator._answer(model, evaluator._scored, reference), strict=True):
         assert answer is not None
         assert len(answer) <= min(limit - len(q.prompt), reference)
-    nothing = errand.plan.memory.model_copy(update={"items": {"weights": 1, "process": 2**40}})
+    nothing = errand.plan.memory.model_copy(update={"items": {"process": 2**40}, "budget_bytes": 0})
     full = errand.model_copy(update={"plan": errand.plan.model_copy(update={"memory": nothing})})
     assert all(row["answer"] is None for row in evaluator_of(full)[0].evaluate(model, 1) if row["kind"] == "sample")
 

@@ -209,8 +209,11 @@ def test_what_is_free_between_two_steps_is_what_a_step_makes_and_leaves() -> Non
     plan = facts.plan()
     items = {"weights": 40, "gradients": 40, "optimizer_state": 80, "activations": 7, "logits_and_loss": 5,
              "temporaries": 3, "inputs": 1, "process": 100, "allocator": 9}  # fmt: skip
-    memory = plan.memory.model_copy(update={"items": items})
+    memory = plan.memory.model_copy(update={"items": items, "budget_bytes": plan.memory.measured_peak_bytes})
     full = plan.workload.model_copy(update={"precision": "fp32", "parameters": 10})
     half = full.model_copy(update={"precision": "bf16"})
     made = [plan.model_copy(update={"memory": memory, "workload": work}) for work in (full, half)]
     assert [room_to_generate(p) for p in made] == [56, 36]
+    for beyond, room in ((5, 61), (2**40, 56 + 32 * 2**20)):
+        ample = memory.model_copy(update={"budget_bytes": memory.budget_bytes + beyond})
+        assert room_to_generate(made[0].model_copy(update={"memory": ample})) == room

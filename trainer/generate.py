@@ -24,16 +24,21 @@ CACHES = 2
 LOGITS = 3
 """Of each row: as computed, in fp32, and what the choice makes of them."""
 
+BEYOND_PEAK_BYTES = 32 * 2**20
+"""Taken beyond the peak: the steps of a model of a few megabytes leave no room to speak of."""
+
 
 def room_to_generate(plan: Plan) -> int:
-    """Return the bytes of the plan's peak that are free between two steps.
+    """Return the bytes of the plan's peak that are free between two steps, and a little more where the budget has it.
 
     Weights, moments and the process stay, and so does what an allocator keeps; gradients and activations are gone. In
     half precision the weights are held once more while they are used.
     """
-    staying = ("weights", "optimizer_state", "process", "allocator")
-    free = sum(size for name, size in plan.memory.items.items() if name not in staying)
-    return free - (0 if plan.workload.precision == "fp32" else 2 * plan.workload.parameters)
+    memory, staying = plan.memory, ("weights", "optimizer_state", "process", "allocator")
+    free = sum(size for name, size in memory.items.items() if name not in staying)
+    beyond = memory.budget_bytes - (memory.measured_peak_bytes or memory.predicted_peak_bytes or 0)
+    copies = 0 if plan.workload.precision == "fp32" else 2 * plan.workload.parameters
+    return free + max(0, min(beyond, BEYOND_PEAK_BYTES)) - copies
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Generator:
         """Generate one batch; return what came after the prompts, and the cache."""
         model.eval()
         tokens, mask = self._padded(prompts)
-        with torch.no_grad(), _greedy(model, self._ids), _last_position(model), autocast(model.device, self._precision):
+        with torch.no_grad(), _greedy(model, self._ids), autocast(model.device, self._precision):
             made = model.generate(
                 input_ids=tokens.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -171,14 +176,3 @@ def _greedy(model: Any, ids: TokenIds) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-@contextmanager
-def _last_position(model: Any) -> Iterator[None]:
-    """Have the vocabulary head look at each row's last position alone, also where the model would not."""
-
-    def narrow(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
-        return args[0][:, -1:]
-
-    with model.get_output_embeddings().register_forward_pre_hook(narrow):
-        yield
