@@ -193,6 +193,16 @@ class Recipe(Fact):
     clip: Annotated[float, Field(ge=0)]
     """Largest gradient norm; 0 does not clip."""
     seed: int
+    eval_every: PositiveInt | None
+    """Steps between evaluations; None evaluates after each epoch. The last step is evaluated in any case."""
+    early_stopping: PositiveInt | None
+    """Evaluations without a lesser loss after which the run ends."""
+    bleu_rows: Annotated[int, Field(ge=0)]
+    """Rows of the validation data that are answered for BLEU."""
+    samples: Annotated[int, Field(ge=0)]
+    """Prompts of the data that are answered for people, at each evaluation."""
+    prompts: tuple[str, ...]
+    """Of the user's own, beside them."""
 
 
 class Train(Fact):

@@ -245,6 +245,7 @@ def forecast(
     samples: int,
     epochs: float,
     max_steps: int | None,
+    eval_every: int | None,
     shape: StepShape,
     validation_tokens: float,
     batching: Batching,
@@ -253,7 +254,8 @@ def forecast(
 ) -> Forecast:
     """Say what a run takes: steps of the last epoch smaller, not dropped.
 
-    `validation_tokens` are those of one evaluation, padding included. `timed` is what samples of this data took at the
+    `validation_tokens` are those of one evaluation, padding included; one comes after each epoch, or every so many
+    steps, and at the end. What it generates is not counted. `timed` is what samples of this data took at the
     size and in the layout that run, where that is known.
     """
     steps = ceil(samples / batching.effective_batch_size)
@@ -278,7 +280,8 @@ def forecast(
         total_steps=total_steps,
         seconds_per_epoch=seconds_per_epoch,
         validation_seconds=validation_seconds,
-        total_seconds=seconds_per_epoch * total_steps / steps + validation_seconds * ceil(total_steps / steps),
+        total_seconds=seconds_per_epoch * total_steps / steps
+        + validation_seconds * ceil(total_steps / (eval_every or steps)),
         padded_tokens_per_sample=shape.padded_tokens / largest_share(of_a_step, batching.world_size),
     )
 
@@ -302,6 +305,7 @@ def forecast_run(
         data.samples,
         recipe.epochs,
         recipe.max_steps,
+        recipe.eval_every,
         step_shape(data, workload, batching),
         validation_tokens,
         batching,

@@ -188,7 +188,7 @@ class Forecast(Fact):
     seconds_per_epoch: float
     """Of its steps alone."""
     validation_seconds: float
-    """Of one pass over the validation data, after each epoch; 0 without any."""
+    """Of one pass over the validation data; 0 without any."""
     total_seconds: float
     padded_tokens_per_sample: float
     """Mean tokens that a sample costs, padding included, under the plan's layout."""

@@ -26,7 +26,7 @@ def main() -> None:
     report, errand = Reports(), json.loads(sys.argv[1])
     recipe = Recipe(
         epochs=1, max_steps=errand["steps"], learning_rate=1e-4, schedule="constant", warmup=0, div_factor=25,
-        weight_decay=0.01, clip=1.0, seed=42,
+        weight_decay=0.01, clip=1.0, seed=42, samples=0, bleu_rows=0, prompts=(), eval_every=None, early_stopping=None,
     )  # fmt: skip
     request = Request(
         effective_batch_size=errand["effective_batch_size"], micro_batch_size=None, prefer="largest",

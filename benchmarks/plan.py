@@ -56,7 +56,7 @@ SIZES = (4, 10)
 GIB, MIB = 2**30, 2**20
 RECIPE = Recipe(
     epochs=1, max_steps=STEPS, learning_rate=1e-4, schedule="constant", warmup=0, div_factor=25, weight_decay=0.1,
-    clip=1.0, seed=42,
+    clip=1.0, seed=42, samples=0, bleu_rows=0, prompts=(), eval_every=None, early_stopping=None,
 )  # fmt: skip
 
 

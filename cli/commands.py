@@ -356,6 +356,10 @@ def _summarise(progress: RunProgress) -> None:
     )
     out.print(_against(progress.against))
     out.print(f"model: {progress.model}")
+    if progress.best:
+        best, loss = progress.best, number(progress.best["best_loss"], ".4f")
+        where = "the last one" if best["best_model"] == progress.model else best["best_model"]
+        out.print(f"best: {where} (step {best['best_step']}, validation loss {loss})")
 
 
 def _against(row: dict[str, Any]) -> str:
@@ -368,4 +372,6 @@ def _against(row: dict[str, Any]) -> str:
             f"; {duration(row['planned_seconds'])} ({row['planned_tokens_per_second']:,.0f} tokens/s), "
             f"really {duration(row['real_seconds'])} ({row['real_tokens_per_second']:,.0f})"
         )
+        if row["generation_seconds"]:
+            said += f", of which {duration(row['generation_seconds'])} went into answers, which no plan counts"
     return said

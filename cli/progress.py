@@ -13,6 +13,8 @@ from cli.render.units import duration, gib, number
 
 Metrics = dict[str, Any]
 QUIET_SECONDS = 30.0
+SHOWN = 60
+"""Characters of a prompt and of its answer that a line has room for."""
 
 
 def verified_line(row: Metrics) -> str:
@@ -24,6 +26,27 @@ def verified_line(row: Metrics) -> str:
     if layout == asked:
         return f"verified: {proven}"
     return f"{asked} rows change this model's gradient by {errors[asked]:.0e} and are not used; verified: {proven}"
+
+
+def validation_line(row: Metrics) -> str:
+    """Say what an evaluation came to."""
+    bleu = f", BLEU {row['bleu']:.2f}" if "bleu" in row else ""
+    best = "; the best so far" if row["best"] else ""
+    return (
+        f"step {row['step']}: validation loss {number(row['loss'], '.4f')}, "
+        f"perplexity {number(row['perplexity'], '.2f')}, {row['accuracy']:.1%} of tokens right{bleu}{best}"
+    )
+
+
+def sample_line(row: Metrics) -> str:
+    """Show how a prompt was answered, on a line."""
+    prompt, answer = (_shortened(row[name] or "") for name in ("prompt", "answer"))
+    return f"step {row['step']}: {prompt} -> {answer}"
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= SHOWN else line[: SHOWN - 3] + "..."
 
 
 class RunProgress:
@@ -39,6 +62,8 @@ class RunProgress:
         self.against: Metrics = {}
         self.ended = ""
         self.model = ""
+        self.best: Metrics = {}
+        self._sampled = 0
         self._total = 0
         self._told = time.monotonic()
         self._bar: Progress | None = None
@@ -70,10 +95,11 @@ class RunProgress:
         elif row["kind"] == "validation":
             self.validation_loss = row["loss"]
             self.peak_bytes = max(self.peak_bytes, row["peak_memory_bytes"])
-            self._print(
-                f"step {row['step']}: validation loss {number(row['loss'], '.4f')}, "
-                f"perplexity {number(row['perplexity'], '.2f')}"
-            )
+            self._print(validation_line(row))
+        elif row["kind"] == "sample":
+            if row["step"] != self._sampled:  # the first of them: all are in samples.jsonl
+                self._print(sample_line(row))
+            self._sampled = row["step"]
         elif row["event"] == "started":
             self._total = row["total_steps"]
             if self._bar is not None:
@@ -82,10 +108,16 @@ class RunProgress:
             self._print(verified_line(row))
         elif row["event"] == "skipped_step":
             self.skipped += 1
+        elif row["event"] == "sampled":
+            self.peak_bytes = max(self.peak_bytes, row["peak_memory_bytes"])
+        elif row["event"] == "early_stopping":
+            best = f"less than step {row['best_step']} with {row['best_loss']:.4f}" if "best_step" in row else "finite"
+            self._print(f"step {row['step']}: early stopping, the last {row['evaluations']} losses were not {best}")
         elif row["event"] == "plan_against_real":
             self.against = row
         else:
             self.ended, self.model = row["event"], row.get("model", "")
+            self.best = row if "best_step" in row else {}
 
     def _show_step(self, row: Metrics) -> None:
         if not self.steps:

@@ -237,6 +237,11 @@ def make_recipe(settings: Settings, stage: str) -> Recipe:
         weight_decay=settings.weight_decay,
         clip=settings.clip,
         seed=settings.seed,
+        eval_every=settings.eval_every,
+        early_stopping=settings.early_stopping,
+        bleu_rows=settings.bleu_rows,
+        samples=settings.samples,
+        prompts=settings.prompt,
     )
 
 

@@ -48,7 +48,9 @@ class Settings:
     data: tuple[str, ...] = _setting(
         (), "Data", "Parquet or jsonl file, or folder of such; may be repeated.", "FILE|DIR"
     )
-    validation: tuple[str, ...] = _setting((), "Data", "The same, for the loss after each epoch.", "FILE|DIR")
+    validation: tuple[str, ...] = _setting(
+        (), "Data", "The same, to evaluate on: each epoch, or --eval-every.", "FILE|DIR"
+    )
     stage: Literal["pretrain", "sft"] | None = _setting(
         None, "Data", "What is trained on: all, or answers; by the data's columns where not given."
     )
@@ -87,6 +89,25 @@ class Settings:
         "adamw", "Training", "adafactor keeps squared gradients by rows and columns: 8 bytes a parameter less to hold."
     )
     seed: int = _setting(42, "Training", "Decides weights, dropout and the order of samples.")
+    eval_every: int | None = _setting(
+        None, "Evaluation", "Evaluate after so many steps, and not after each epoch; the last one always is.", "STEPS"
+    )
+    early_stopping: int | None = _setting(
+        None, "Evaluation", "End after so many evaluations in a row without a lesser validation loss.", "N"
+    )
+    bleu_rows: int = _setting(
+        64, "Evaluation", "Rows of the validation data that are answered for BLEU, the same each time; 0 for none.", "N"
+    )
+    samples: int = _setting(
+        3,
+        "Evaluation",
+        "First prompts of the validation data, or else of the data, that are answered into samples.jsonl at each "
+        "evaluation; 0 for none.",
+        "N",
+    )
+    prompt: tuple[str, ...] = _setting(
+        (), "Evaluation", "A prompt of your own that is answered there too; may be repeated.", "TEXT"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _setting(
         "auto",
         "Memory",
@@ -246,6 +267,10 @@ AT_LEAST: dict[str, float] = {
     "clip": 0,
     "dropout": 0,
     "seed": 0,
+    "eval_every": 1,
+    "early_stopping": 1,
+    "bleu_rows": 0,
+    "samples": 0,
 }
 
 
@@ -269,4 +294,9 @@ def _validated(values: Mapping[str, Any], origins: Mapping[str, str]) -> Setting
             raise ConfigurationError(f"{name} = {value} ({origins[name]}) must be above 0")
     if settings.dropout is not None and not settings.dropout < 1:
         raise ConfigurationError(f"dropout = {settings.dropout} ({origins['dropout']}) must be below 1")
+    if settings.early_stopping is not None and not settings.validation:
+        raise ConfigurationError(
+            f"early_stopping = {settings.early_stopping} ({origins['early_stopping']}) needs data to evaluate on",
+            "give --validation FILE, or leave it out",
+        )
     return settings

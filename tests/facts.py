@@ -171,6 +171,11 @@ def recipe(**changes: Any) -> Recipe:
         "weight_decay": 0.1,
         "clip": 1.0,
         "seed": 42,
+        "eval_every": None,
+        "early_stopping": None,
+        "bleu_rows": 4,
+        "samples": 1,
+        "prompts": (),
     }
     return Recipe.model_validate(facts | changes)
 

@@ -13,7 +13,7 @@ from autotune.errands import Dry
 from autotune.errors import ConfigurationError
 from autotune.measure import try_size
 from trainer.compiled import compile_layers, eagerly
-from trainer.evaluate import total_loss
+from trainer.evaluate import totals
 from trainer.microbatch import SpecialTokens, lay_out, target_count
 from trainer.step import accumulate, start
 
@@ -41,7 +41,7 @@ def test_compiled_layers_have_the_gradient_of_the_model_and_are_compiled_once_fo
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert run(range(12, 19)) < 1e-5, "other lengths, and other rows"
         batches = lay_out(range(5), 5, samples, work, SpecialTokens(0, 0))
-        losses = [total_loss(model, batches, work, CPU) for model in (plain, compiled)]
+        losses = [totals(model, batches, work, CPU) for model in (plain, compiled)]
         torch.testing.assert_close(losses[0], losses[1])
         with pytest.raises(RuntimeError, match=r"(?i)recompil"), torch.no_grad():
             compiled(input_ids=torch.ones(2, 8, dtype=torch.long))

@@ -460,3 +460,35 @@ def test_real_documents_are_their_text_again(real_data: Path, tokenizers: dict[s
         samples = list(Encoder(tokenizer, "causal", "pretrain", limit, 0).encode([record]))
         ids = [samples[0].tokens[0], *(token for sample in samples for token in sample.tokens[1:])]
         assert tokenizer.decode(ids) == f"<s>{record.text}</s>"
+
+
+# A prompt that is typed.
+
+
+@pytest.mark.parametrize(("task", "stage"), [("causal", "sft"), ("seq2seq", "sft"), ("causal", "pretrain")])
+def test_a_typed_prompt_is_what_comes_before_an_answer_in_training(task: Any, stage: Any) -> None:
+    encoder = Encoder(word_tokenizer(), task, stage, 64, 64)
+    record = Record("", text="1 2 3 4") if stage == "pretrain" else chat(("q", "1 2 3"), ("a", "4"))
+    (sample,) = encoder.encode([record])
+    before = 4 if stage == "pretrain" else sample.spans[0][0]
+    assert encoder.prompt("1 2 3") == sample.tokens[:before]
+
+
+@pytest.mark.parametrize(
+    ("task", "stage", "kept"),
+    [
+        ("causal", "sft", "8 9 </s> <s> assistant"),
+        ("seq2seq", "sft", "0 1 2 3 4 5 6 </s>"),
+        ("causal", "pretrain", "4 5 6 7 8 9"),
+    ],
+)
+def test_too_long_a_prompt_leaves_room_for_an_answer(task: Any, stage: Any, kept: str) -> None:
+    """Of 8 tokens two are the answer's, or all are the source's."""
+    typed = Encoder(word_tokenizer(), task, stage, 8, 8).prompt("0 1 2 3 4 5 6 7 8 9")
+    assert words(typed).endswith(kept)
+    assert len(typed) == (8 if task == "seq2seq" else 6)
+
+
+def test_a_prompt_of_nothing_is_still_one() -> None:
+    encoder = Encoder(word_tokenizer(begin=None), "causal", "pretrain", 8, 8)
+    assert words(encoder.prompt("")) == "</s>"

@@ -214,12 +214,13 @@ def forecast_of(
     plan: Batching,
     speed: Speed,
     timed: Timed | None,
+    eval_every: int | None = None,
 ) -> Forecast:
     """Of plain rows, of these lengths as they are."""
     share = largest_share(min(samples, plan.effective_batch_size), plan.world_size)
     rows, evaluated = plan.micro_batch_size, sum(count for _, count in validation[0]) if validation else 0
     shapes = plain_shape(lengths, rows, share), plain_shape(validation, rows, evaluated)
-    return forecast(samples, epochs, max_steps, shapes[0], shapes[1].padded_tokens, plan, speed, timed)
+    return forecast(samples, epochs, max_steps, eval_every, shapes[0], shapes[1].padded_tokens, plan, speed, timed)
 
 
 def test_3000_samples_at_64_take_47_steps_an_epoch() -> None:
@@ -288,6 +289,8 @@ def test_validation_comes_after_each_epoch_begun_and_costs_what_evaluating_its_t
     result = forecast_of(640, 1.5, None, [[(8, 640)]], [[(16, 30)]], plan, quick, None)
     assert result.validation_seconds == pytest.approx(30 * 16 * 0.01)
     assert result.total_seconds == pytest.approx(1.5 * result.seconds_per_epoch + 2 * result.validation_seconds)
+    often = forecast_of(640, 1.5, None, [[(8, 640)]], [[(16, 30)]], plan, quick, None, eval_every=4)
+    assert often.total_seconds - result.total_seconds == pytest.approx(2 * result.validation_seconds), "4, 8, 12, 15"
 
 
 def test_source_and_target_are_padded_each_to_its_own_longest() -> None:

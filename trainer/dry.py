@@ -15,7 +15,7 @@ import torch
 from autotune.errands import DRY_LENGTHS, DRY_MICRO_BATCHES, EXPLORING_LENGTHS, Dry, DryReport
 from autotune.plan import Layout, Timed, Timing
 from trainer.data import TokenStore, order
-from trainer.evaluate import total_loss
+from trainer.evaluate import totals
 from trainer.memory import PeakMeter, is_memory_error, prepare_heap, trim_heap
 from trainer.microbatch import SpecialTokens, WorstCase, collate, cut, lay_out, padded_size, target_count
 from trainer.model import build_for
@@ -103,7 +103,7 @@ def _evaluate(state: TrainState, errand: Dry, account: Account) -> None:
     batch = collate(rows, WorstCase(workload, 1.0), workload, NO_SPECIAL)
     prepare_heap(account.device, workload.cpu_allocator)
     with account.phase("evaluation"):
-        total_loss(state.model, [batch], workload, account.device).item()
+        totals(state.model, [batch], workload, account.device).tolist()
 
 
 def _inexact(model: Any, errand: Dry) -> tuple[Layout, ...]:

@@ -83,6 +83,21 @@ class Encoder:
         while batch := list(islice(records, BATCH)):
             yield from encode_batch(batch)
 
+    def prompt(self, text: str) -> list[int]:
+        """Encode a question, or a document's beginning, as what comes before an answer in training.
+
+        Too long a source loses its end, any other prompt its left: a quarter of the limit is for the answer.
+        """
+        end, begin = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        if self.task == "seq2seq":
+            return [*self._tokenize([text])[0].ids[: self.max_seq_len - 1], end]
+        if self.stage == "pretrain":
+            ids = [*([begin] if begin is not None and begin != end else []), *self._tokenize([text])[0].ids]
+        else:
+            turns = (Turn("user", text),)
+            ids = self._tokenize([self._template(Record(f"the prompt {text!r}", turns), turns, prompt=True)])[0].ids
+        return ids[-(self.max_seq_len - self.max_seq_len // 4) :] or [end]
+
     def _tokenize(self, texts: Sequence[str]) -> list[Any]:
         """Return tokenizers' encodings (`ids`, `offsets`), without added special tokens."""
         encodings: list[Any] = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,14 @@ from autotune.batching import share_of
 from autotune.errands import Train
 from autotune.plan import Layout, Plan
 from trainer.data import TokenStore, order
-from trainer.evaluate import perplexity, total_loss
+from trainer.evaluate import Evaluator, Metrics, special_tokens
 from trainer.memory import PeakMeter, prepare_heap
-from trainer.microbatch import MicroBatch, SpecialTokens, lay_out, target_count
+from trainer.microbatch import lay_out, target_count
 from trainer.model import build_for, save_model
 from trainer.proof import TOLERANCE, first_samples, gradient_errors
 from trainer.schedule import learning_rate_at, steps_in
 from trainer.step import TrainState, start, train_step
 
-Metrics = dict[str, Any]
 SAFER: tuple[Layout, ...] = ("sorted", "fixed")
 """What is taken where rows of several samples are not exact."""
 
@@ -30,8 +30,9 @@ SAFER: tuple[Layout, ...] = ("sorted", "fixed")
 def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
     """Train a plan from the beginning to the end, or until `stop` says so; the model is saved either way.
 
-    Yields a `train` row for each step, a `validation` row for each epoch where there is validation data, and `event`
-    rows: the start, steps whose gradient was not finite, and at last how it ended.
+    Yields a `train` row for each step; for each evaluation a `sample` row for each fixed prompt, and a `validation` row
+    where there is validation data; and `event` rows: the start, steps whose gradient was not finite, and at last how it
+    ended. The model with the least validation loss is kept beside the last, where the two are not the same.
     """
     workload, recipe = errand.plan.workload, errand.recipe
     device = torch.device(errand.plan.hardware.device)
@@ -43,18 +44,23 @@ def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
     layout = verified["layout"]
     workload = workload.model_copy(update={"layout": layout})
     errand = errand.model_copy(update={"plan": errand.plan.model_copy(update={"workload": workload})})
+    evaluator, best = Evaluator(errand, store, model, meter), Best(Path(errand.output_dir) / "best")
     state = start(model, workload, recipe.weight_decay)
     del model
     total_steps = steps_in(len(store), errand.plan.batching.effective_batch_size, recipe)
     yield {"kind": "event", "event": "started", "step": 0, "total_steps": total_steps, "samples": len(store)}
-    ended, seconds, training_seconds, peak, tokens = "finished", 0.0, 0.0, 0, 0
+    ended, seconds, training_seconds, generation_seconds, peak, tokens = "finished", 0.0, 0.0, 0.0, 0, 0
     began = time.perf_counter()
-    for row in _steps(errand, state, store, total_steps, meter):
+    for row in _steps(errand, state, store, total_steps, meter, evaluator, best):
+        if row["kind"] == "sample":  # its time is that of its evaluation
+            yield row
+            continue
         # Since the row before, so that the seconds of all rows come to those of the loop.
         now = time.perf_counter()
         taken, began = now - began, now
         yield _timed(row, taken)
         seconds, peak = seconds + taken, max(peak, row.get("peak_memory_bytes", 0))
+        generation_seconds += row.get("generation_seconds", 0.0)
         if row["kind"] == "train":
             tokens, training_seconds = tokens + row["tokens"], training_seconds + taken
         if row["kind"] == "train" and not math.isfinite(row["gradient_norm"]):
@@ -63,12 +69,42 @@ def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
             ended = "stopped"
             break
     step, model = state.step, state.model
-    yield _against(errand.plan, step, seconds, peak, tokens / max(training_seconds, 1e-9), tokens)
+    against = _against(errand.plan, step, seconds, peak, tokens / max(training_seconds, 1e-9), tokens)
+    yield against | {"generation_seconds": generation_seconds}
     # A save serialises the weights: what only training needs goes first.
     del state
     folder = Path(errand.output_dir) / "model"
-    save_model(model, Path(errand.tokenizer_dir), folder)
-    yield {"kind": "event", "event": ended, "step": step, "model": str(folder)}
+    if best.step == step:
+        best.folder.rename(folder)
+        best.folder = folder
+    else:
+        save_model(model, Path(errand.tokenizer_dir), folder)
+    yield {"kind": "event", "event": ended, "step": step, "model": str(folder)} | best.told()
+
+
+@dataclass
+class Best:
+    """The evaluation with the least validation loss so far, and where its model is."""
+
+    folder: Path
+    step: int | None = None
+    loss: float = math.inf
+    without: int = 0
+    """Evaluations since, none of which had less."""
+
+    def take(self, step: int, loss: float) -> bool:
+        """Say whether this is the best there was."""
+        if not loss < self.loss:  # nor is what is no number
+            self.without += 1
+            return False
+        self.step, self.loss, self.without = step, loss, 0
+        return True
+
+    def told(self) -> Metrics:
+        """Return what a row says of it; nothing where nothing was evaluated."""
+        if self.step is None:
+            return {}
+        return {"best_step": self.step, "best_loss": self.loss, "best_model": str(self.folder)}
 
 
 def _verify(errand: Train, model: Any, store: TokenStore) -> Metrics:
@@ -115,20 +151,41 @@ def _against(plan: Plan, step: int, seconds: float, peak: int, tokens_per_second
 
 
 def _steps(
-    errand: Train, state: TrainState, store: TokenStore, total_steps: int, meter: PeakMeter
+    errand: Train,
+    state: TrainState,
+    store: TokenStore,
+    total_steps: int,
+    meter: PeakMeter,
+    evaluator: Evaluator,
+    best: Best,
 ) -> Iterator[Metrics]:
-    effective = errand.plan.batching.effective_batch_size
-    validation = TokenStore(Path(errand.validation_store)) if errand.validation_store else None
+    recipe, effective = errand.recipe, errand.plan.batching.effective_batch_size
+    every = recipe.eval_every or (math.ceil(len(store) / effective) if evaluator.validation else total_steps)
     epoch = 0
     while state.step < total_steps:
-        permutation = order(len(store), errand.recipe.seed, epoch)
+        permutation = order(len(store), recipe.seed, epoch)
         for first in range(0, len(store), effective):
-            if state.step >= total_steps:
-                break
             yield _one_step(errand, state, store, permutation[first : first + effective], total_steps, meter, epoch)
+            ended = state.step == total_steps
+            if ended or state.step % every == 0:
+                yield from _evaluate(errand, state, evaluator, best)
+            if best.without >= (recipe.early_stopping or math.inf):
+                ending = {"kind": "event", "event": "early_stopping", "step": state.step}
+                yield ending | {"evaluations": best.without} | best.told()
+                return
+            if ended:
+                break
         epoch += 1
-        if validation is not None:
-            yield _validate(errand, state, validation, meter)
+
+
+def _evaluate(errand: Train, state: TrainState, evaluator: Evaluator, best: Best) -> Iterator[Metrics]:
+    """Evaluate, and keep the model if it is the best so far."""
+    for row in evaluator.evaluate(state.model, state.step):
+        if row["kind"] == "validation":
+            row["best"] = best.take(state.step, row["loss"])
+            if row["best"]:
+                save_model(state.model, Path(errand.tokenizer_dir), best.folder)
+        yield row
 
 
 def _one_step(
@@ -170,34 +227,3 @@ def _one_step(
 def _timed(row: Metrics, seconds: float) -> Metrics:
     rates = {"tokens_per_second": row["tokens"] / seconds} if "tokens" in row else {}
     return row | {"seconds": seconds} | rates
-
-
-def special_tokens(model: Any, errand: Train) -> SpecialTokens:
-    """Return the ids that rows are padded and targets started with."""
-    start_id = getattr(model.config, "decoder_start_token_id", None)
-    return SpecialTokens(errand.ids.pad, errand.ids.pad if start_id is None else int(start_id))
-
-
-def _validate(errand: Train, state: TrainState, store: TokenStore, meter: PeakMeter) -> Metrics:
-    plan = errand.plan
-    ids = range(len(store))
-    special = special_tokens(state.model, errand)
-    batches = _in_order(ids, plan, store, special)
-    prepare_heap(state.loss_scale.device, plan.workload.cpu_allocator)
-    meter.reset()
-    total = total_loss(state.model, batches, plan.workload, state.loss_scale.device).item()
-    loss = total / max(1, target_count(ids, store))
-    return {
-        "kind": "validation",
-        "step": state.step,
-        "loss": loss,
-        "perplexity": perplexity(loss),
-        "samples": len(store),
-        "peak_memory_bytes": meter.peak_bytes(),
-    }
-
-
-def _in_order(ids: range, plan: Plan, store: TokenStore, special: SpecialTokens) -> Iterator[MicroBatch]:
-    rows, together = plan.batching.micro_batch_size, plan.batching.effective_batch_size
-    for first in range(0, len(ids), together):
-        yield from lay_out(ids[first : first + together], rows, store, plan.workload, special)

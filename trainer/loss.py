@@ -6,7 +6,7 @@ hundred: it takes the gradient of each chunk as soon as its loss is known, so th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,30 +31,46 @@ Tail = Callable[[Tensor], Tensor]
 
 
 def loss_sum(model: Any, batch: MicroBatch, loss_head: LossHead) -> Tensor:
-    """Return the sum of the cross-entropies of all targets, in fp32 at least.
+    """Return the sum of the cross-entropies of all targets, in fp32 at least."""
+    hidden, logits = _at_targets(model, batch, loss_head)
+    if loss_head == "full":
+        return _cross_entropy(logits, batch.targets)
+    trained = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
+    size = _chunk_size(logits.shape[-1])
+    loss: Tensor = _Chunked.apply(hidden, batch.targets, _tail(model), size, *trained)  # type: ignore[no-untyped-call]
+    return loss
+
+
+@torch.no_grad()
+def loss_and_right(model: Any, batch: MicroBatch, loss_head: LossHead) -> tuple[Tensor, Tensor]:
+    """Return the same sum, and how many targets have the greatest logit: for evaluation, of one forward."""
+    hidden, logits = _at_targets(model, batch, loss_head)
+    pieces: Iterable[tuple[Tensor, Tensor]] = [(logits, batch.targets)]
+    if loss_head == "chunked":
+        size, tail = _chunk_size(logits.shape[-1]), _tail(model)
+        cuts = zip(torch.split(hidden, size), torch.split(batch.targets, size), strict=True)
+        pieces = ((tail(h), targets) for h, targets in cuts)
+    sums = [(_cross_entropy(some, targets), (some.argmax(-1) == targets).sum()) for some, targets in pieces]
+    losses, right = zip(*sums, strict=True)
+    return torch.stack(losses).sum(), torch.stack(right).sum()
+
+
+def _at_targets(model: Any, batch: MicroBatch, loss_head: LossHead) -> tuple[Tensor, Tensor]:
+    """Return what the head is given at the targets, [targets, width], and what the model makes of it.
 
     The model's own forward runs whole, with all it does before its head (T5 scales there); only the head's input is
     narrowed, from [rows, length, width] to [1, targets, width], so that logits of positions without a target never
-    exist. A chunked head is given a single position, and does the targets apart.
+    exist. Where the head is chunked it is given a single position.
     """
     hidden: list[Tensor] = []
 
-    def at_targets(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+    def narrowed(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
         hidden.append(args[0].flatten(0, 1).index_select(0, batch.target_positions))
         return (hidden[0] if loss_head == "full" else hidden[0][:1].detach()).unsqueeze(0)
 
-    head = model.get_output_embeddings()
-    with head.register_forward_pre_hook(at_targets):
+    with model.get_output_embeddings().register_forward_pre_hook(narrowed):
         logits = forward(model, batch.inputs).squeeze(0)
-    if loss_head == "full":
-        return _cross_entropy(logits, batch.targets)
-    size = _chunk_size(logits.shape[-1])
-    if not torch.is_grad_enabled():
-        pieces = zip(torch.split(hidden[0], size), torch.split(batch.targets, size), strict=True)
-        return torch.stack([_cross_entropy(_tail(model)(h), t) for h, t in pieces]).sum()
-    trained = [p for p in head.parameters() if p.requires_grad]
-    loss: Tensor = _Chunked.apply(hidden[0], batch.targets, _tail(model), size, *trained)  # type: ignore[no-untyped-call]
-    return loss
+    return hidden[0], logits
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

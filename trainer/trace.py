@@ -30,7 +30,7 @@ from autotune.batching import PADDING_MULTIPLE
 from autotune.errands import Trace, TraceReport
 from autotune.plan import Traced, Work, Workload
 from trainer.attention import attention_of_cards
-from trainer.evaluate import total_loss
+from trainer.evaluate import totals
 from trainer.memory import PeakMeter
 from trainer.microbatch import MicroBatch, SpecialTokens, WorstCase, collate
 from trainer.model import build_for
@@ -200,7 +200,7 @@ class _TracedStep:
 
     def _evaluate(self, batch: MicroBatch) -> None:
         with self.ledger.making("activations"):
-            total_loss(self.state.model, [batch], self.workload, CPU)
+            totals(self.state.model, [batch], self.workload, CPU)
 
     def _at_the_head(self, *_: Any) -> None:
         self.ledger.kind = "logits_and_loss"

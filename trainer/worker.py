@@ -92,14 +92,22 @@ def _do(errand: Errand, events: Events) -> None:
 
 
 def _train(errand: Train, events: Events) -> None:
-    """Train until the end or a signal; each row goes to `metrics.jsonl` first, then to the supervisor."""
-    stopped = _Stop()
-    with (Path(errand.output_dir) / "metrics.jsonl").open("w", encoding="utf-8") as file:
+    """Train until the end or a signal; each row goes to its file first, then to the supervisor."""
+    stopped, folder = _Stop(), Path(errand.output_dir)
+    with (
+        (folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics,
+        (folder / "samples.jsonl").open("w", encoding="utf-8") as samples,
+    ):
         for row in train(errand, stopped):
             # JSON has no word for a loss that is not finite.
             row = {name: None if value != value or value in (inf, -inf) else value for name, value in row.items()}
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-            file.flush()
+            if row["kind"] == "sample":
+                told = {name: value for name, value in row.items() if name != "kind"}
+                samples.write(json.dumps(told, ensure_ascii=False) + "\n")
+                samples.flush()
+            else:
+                metrics.write(json.dumps(row, allow_nan=False) + "\n")
+                metrics.flush()
             events.send("metrics", row=row)
 
 

@@ -30,7 +30,8 @@ def auto_run(tmp_path_factory: pytest.TempPathFactory, chatlm_environment: dict[
     """A run of `train --auto` in whose folder the data lies too."""
     folder = tmp_path_factory.mktemp("auto")
     data = write_rows(folder / "dialogues.jsonl", DIALOGUES)
-    command = [chatlm_path(), "train", "--auto", "--data", data, "--validation", data, *SHORT, "--epochs", 2]
+    command = [chatlm_path(), "train", "--auto", "--data", data, "--validation", data, *SHORT, "--epochs", 2,
+               "--prompt", "你好"]  # fmt: skip
     done = subprocess.run(
         [*map(str, command), "--learning-rate", "1e-3", "--output-dir", str(folder / "run")],
         env=chatlm_environment, capture_output=True, text=True,
@@ -40,6 +41,10 @@ def auto_run(tmp_path_factory: pytest.TempPathFactory, chatlm_environment: dict[
     assert "RANDOM weights" in done.stderr
     assert "plan against real: worst case" in done.stdout
     assert "verified: " in done.stderr
+    assert "step 8: 你好 -> " in done.stderr
+    assert "of tokens right, BLEU " in done.stderr
+    assert "best: the last one (step 8, validation loss " in done.stdout
+    assert "went into answers" in done.stdout
     return folder
 
 
@@ -49,11 +54,19 @@ def losses(run: Path) -> list[str]:
 
 def test_a_run_leaves_what_was_decided_what_happened_and_the_model(auto_run: Path) -> None:
     run = auto_run / "run"
-    names = {"config.toml", "plan.json", "evidence.json", "metrics.jsonl", "log.txt", "model"}
+    names = {"config.toml", "plan.json", "evidence.json", "metrics.jsonl", "samples.jsonl", "log.txt", "model"}
     assert {p.name for p in run.iterdir()} == names
     assert [row["samples"] for row in metrics(run)] == [7, 7, 7, 3] * 2
     assert [row["epoch"] for row in metrics(run, "train")] == [1] * 4 + [2] * 4
-    assert [row["step"] for row in metrics(run, "validation")] == [4, 8]
+    evaluated = metrics(run, "validation")
+    assert [row["step"] for row in evaluated] == [4, 8]
+    assert all(0 <= row["accuracy"] <= 1 and row["bleu_rows"] == 24 for row in evaluated)
+    assert all("tok:" in row["bleu_signature"] and row["generation_seconds"] < row["seconds"] for row in evaluated)
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["step"] for row in samples] == [4] * 4 + [8] * 4
+    assert all(row.keys() == {"step", "prompt", "answer", "reference"} for row in samples)
+    assert [row["reference"] is None for row in samples] == [True, False, False, False] * 2
+    assert samples[0]["prompt"] == "你好"
     config = tomllib.loads((run / "config.toml").read_text())
     assert (config["effective_batch_size"], config["epochs"]) == (7, 2)
 
@@ -84,6 +97,30 @@ def test_a_trained_model_is_a_checkpoint_to_train_from(auto_run: Path, tmp_path:
     before, after = auto_run / "run" / "model", tmp_path / "second" / "model"
     assert (before / "model.safetensors").read_bytes() != (after / "model.safetensors").read_bytes()
     assert (before / "tokenizer.json").read_bytes() == (after / "tokenizer.json").read_bytes()
+
+
+def test_a_run_that_no_longer_gets_better_ends_early_with_its_best_model(
+    tmp_path: Path, dialogues: Path, chatlm: CommandRunner
+) -> None:
+    """So high a rate that it gets worse; without data to evaluate on the option is refused."""
+    early = ("train", "--data", dialogues, *FIXED, "--epochs", 50, "--early-stopping", 1, "--eval-every", 2)
+    done = chatlm(*early)
+    assert done.returncode == 2
+    assert "early_stopping = 1 (command line) needs data to evaluate on" in done.stderr
+    assert "give --validation FILE" in done.stderr
+    done = chatlm(*early, "--validation", dialogues, "--learning-rate", 3, "--bleu-rows", 0, "--samples", 0,
+                  "--schedule", "constant", "--warmup", 0, "--output-dir", "run")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (stopped,) = [row for row in metrics(tmp_path / "run", "event") if row["event"] == "early_stopping"]
+    evaluated = metrics(tmp_path / "run", "validation")
+    assert [row["step"] for row in evaluated] == list(range(2, stopped["step"] + 1, 2))
+    assert stopped["best_loss"] == min(row["loss"] for row in evaluated[:-1]) <= evaluated[-1]["loss"]
+    assert f"step {stopped['step']}: early stopping, the last 1 losses were not less than" in done.stderr
+    assert f"finished after {stopped['step']} steps" in done.stdout
+    assert f"best: run/best (step {stopped['best_step']}, validation loss" in done.stdout
+    for name in ("best", "model"):
+        assert_loads(tmp_path / "run" / name)
+    assert (tmp_path / "run" / "samples.jsonl").read_text() == ""
 
 
 def test_a_size_that_was_given_is_kept_and_the_effective_batch_reached(
