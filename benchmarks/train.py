@@ -9,7 +9,7 @@ optimizer steps of the same effective batch (for packed rows of TRL: the nearest
 clip and rate. Each run is a process of its own, they take turns, and the first step of each is not timed. What each
 learned is told by one function: the loss on samples that none trained on, in fp32.
 
-Prints one table, and writes benchmarks/results/train-DEVICE.json after each case.
+Prints one table, and writes benchmarks/results/train-DEVICE.json, each case in the place of its older one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PEERS = HERE.parent / ".venv-peers" / "bin" / "python"
 PROGRAM = "import sys; from cli import chatlm; chatlm(sys.argv[1:])"
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 5e-4, 0.1, 1.0
 WARM_UP = 1
-TRIAL_STEPS = 4
+TRIAL_STEPS = 3
 MICRO_BATCHES = (8, 16, 32)
 """Of rows, of which the fastest is taken for "well set"."""
 PACKED_MICRO_BATCHES = (1, 2, 4)
@@ -82,10 +82,10 @@ INSTRUCTIONS, PAIRS = ("dialogue/alpaca_zh_en_2k.jsonl",), ("chatlm_mini/my_trai
 FIVE_THOUSAND = (*PAIRS, "chatlm_mini/my_test_dataset_2k.parquet")
 CASES = {
     "cpu": (
-        Case("tiny, instructions", "tiny", INSTRUCTIONS, 960, 64),
-        Case("tiny, conversations", "tiny", ("dialogue/chitchat_400.jsonl",), 352, 48),
-        Case("tiny-t5, pairs", "tiny-t5", PAIRS, 640, 64, None),
-        Case("minimind-26m, instructions", "minimind-26m", INSTRUCTIONS, 128, 32),
+        Case("tiny, instructions", "tiny", INSTRUCTIONS, 320, 64),
+        Case("tiny, conversations", "tiny", ("dialogue/chitchat_400.jsonl",), 192, 64),
+        Case("tiny-t5, pairs", "tiny-t5", PAIRS, 320, 64, None),
+        Case("minimind-26m, instructions", "minimind-26m", INSTRUCTIONS, 96, 32),
     ),
     "cuda": (
         Case("minimind-26m, instructions", "minimind-26m", INSTRUCTIONS, 1920, 64),
@@ -113,6 +113,8 @@ class Run:
     """None of a trial."""
     whole_seconds: float
     """Of the process, imports included."""
+    cpu_seconds: float
+    """The same, of all its threads: what other work on the machine changes least."""
     how: dict[str, Any]
 
     @property
@@ -282,14 +284,34 @@ def plan_of(ready: Prepared, trainer: str) -> Path:
     return file
 
 
+@dataclass(frozen=True)
+class Stopwatch:
+    """Wall time and processor time of the processes that were started and ended since it was made."""
+
+    began: float
+    children: float
+
+    @classmethod
+    def start(cls) -> Stopwatch:
+        return cls(time.perf_counter(), cpu_of_children())
+
+    def read(self) -> dict[str, float]:
+        return {"whole_seconds": time.perf_counter() - self.began, "cpu_seconds": cpu_of_children() - self.children}
+
+
+def cpu_of_children() -> float:
+    spent = os.times()
+    return spent.children_user + spent.children_system
+
+
 def run_ours(ready: Prepared, trainer: str, plan: Path, repeat: int) -> Run:
-    folder, began = ready.folder / f"{trainer} {repeat}", time.perf_counter()
+    folder, watch = ready.folder / f"{trainer} {repeat}", Stopwatch.start()
     recipe = [
         "--epochs", "1", "--learning-rate", str(LEARNING_RATE), "--schedule", "constant", "--warmup", "0",
         "--weight-decay", str(WEIGHT_DECAY), "--clip", str(CLIP), "--output-dir", str(folder),
     ]  # fmt: skip
     chatlm(["train", "--plan", str(plan), *ready.typed, *recipe], ready, stdout=sys.stderr)
-    whole = time.perf_counter() - began
+    took = watch.read()
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [row for row in map(json.loads, lines) if row["kind"] == "train"]
     assert sum(row["tokens"] for row in steps) == ready.tokens, "not every sample, or not as told to the others"
@@ -306,7 +328,7 @@ def run_ours(ready: Prepared, trainer: str, plan: Path, repeat: int) -> Run:
         steps=len(steps),
         peak_bytes=max(row["peak_memory_bytes"] for row in steps),
         held_out_loss=held_out_loss(ready, folder / "model"),
-        whole_seconds=whole,
+        **took,
         how={
             "micro_batch_size": made.batching.micro_batch_size,
             "layout": verified["layout"],
@@ -338,7 +360,7 @@ def their_errand(ready: Prepared, trainer: str, size: int, precision: str, steps
 
 def run_theirs(ready: Prepared, trainer: str, size: int, precision: str, repeat: int, steps: int | None = None) -> Run:
     """Run a peer; `steps` only for a trial."""
-    errand, began = their_errand(ready, trainer, size, precision, steps), time.perf_counter()
+    errand, watch = their_errand(ready, trainer, size, precision, steps), Stopwatch.start()
     program = [sys.executable, HERE / "plain_loop.py"] if trainer == LOOP else [PEERS, HERE / "hf_trainer.py"]
     done = subprocess.run(
         [*map(str, program), json.dumps(errand)], check=False, capture_output=True, text=True,
@@ -346,13 +368,11 @@ def run_theirs(ready: Prepared, trainer: str, size: int, precision: str, repeat:
     )  # fmt: skip
     if done.returncode:
         sys.exit(f"{trainer} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    found, whole = json.loads(done.stdout.splitlines()[-1]), time.perf_counter() - began
+    found = json.loads(done.stdout.splitlines()[-1]) | watch.read()
     all_tokens = found.pop("all_tokens")
     assert steps or all_tokens == ready.tokens, f"{trainer} had {all_tokens} tokens, not {ready.tokens}"
     loss = None if steps else held_out_loss(ready, Path(errand["folder"]))
-    return Run(
-        case=ready.case.name, trainer=trainer, repeat=repeat, held_out_loss=loss, whole_seconds=whole, **found
-    )  # fmt: skip
+    return Run(case=ready.case.name, trainer=trainer, repeat=repeat, held_out_loss=loss, **found)
 
 
 def threads() -> str:
@@ -462,16 +482,6 @@ def main() -> None:
     hardware = read_hardware(Path())
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         rate = pool.submit(matmul_rate, hardware.device).result()
-    found: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{hardware.device_name}, {hardware.cores} cores, {platform.system()} {platform.machine()}",
-        "command": " ".join(["python", "benchmarks/train.py", *sys.argv[1:]]),
-        "data": "real" if os.environ.get("CHATLM_REAL_DATA") else "demo",
-        "versions": {"ours": versions(sys.executable), "peers": versions(PEERS), "python": platform.python_version()},
-        "threads": threads(),
-        "bf16_matmul_flops_per_second": rate,
-        "rows": [], "seconds": {}, "trials": [], "runs": [],
-    }  # fmt: skip
     rows: list[Row] = []
     for case in CASES[hardware.device]:
         if asked.cases and not case.name.startswith(tuple(asked.cases)):
@@ -482,15 +492,29 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             ready = prepare(case, hardware, Path(temporary))
             runs, trials = run(ready, asked.repeats)
-        rows += summed_up(ready, runs, rate)
-        print_table(rows)
-        found["rows"] = [asdict(row) for row in rows]
-        found["runs"] += [asdict(made) for made in runs]
-        found["trials"] += [asdict(made) for made in trials]
-        found["seconds"][case.name] = time.perf_counter() - began
-        asked.results.mkdir(parents=True, exist_ok=True)
-        file = asked.results / f"train-{hardware.device}.json"
-        file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        made = summed_up(ready, runs, rate)
+        print_table(rows := rows + made)
+        found = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": f"{hardware.device_name}, {hardware.cores} cores, {platform.system()} {platform.machine()}",
+            "command": " ".join(["python", "benchmarks/train.py", *sys.argv[1:]]),
+            "data": "real" if os.environ.get("CHATLM_REAL_DATA") else "demo",
+            "versions": {"ours": versions(sys.executable), "peers": versions(PEERS)},
+            "threads": threads(),
+            "bf16_matmul_flops_per_second": rate,
+            "seconds": time.perf_counter() - began,
+            "rows": [asdict(row) for row in made],
+            "trials": [asdict(trial) for trial in trials],
+            "runs": [asdict(one) for one in runs],
+        }
+        write(asked.results / f"train-{hardware.device}.json", case.name, found)
+
+
+def write(file: Path, case: str, found: dict[str, Any]) -> None:
+    """Write a case in the place of its older one; the others stay, each with its own date."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    file.write_text(json.dumps(kept | {case: found}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
