@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def with_trainer(errand: Errand, model: Any, rows: Dataset) -> t.Trainer:
 
 
 def with_packing(errand: Errand, model: Any, rows: Dataset) -> t.Trainer:
-    """https://huggingface.co/docs/trl/sft_trainer#packing, so many packed rows a step as come nearest to its samples.
+    """https://huggingface.co/docs/trl/sft_trainer#packing, so many packed rows a step that there are as many steps.
 
     Its gradient checkpointing, on by default, is off, as ours is where memory is ample.
     """
@@ -104,7 +105,8 @@ def with_packing(errand: Errand, model: Any, rows: Dataset) -> t.Trainer:
 
     packed = len(pack_dataset(rows, errand["max_seq_len"]))
     size = errand["micro_batch_size"]
-    accumulation = max(1, round(packed / (len(rows) / errand["effective_batch_size"]) / size))
+    steps = ceil(len(rows) / errand["effective_batch_size"])
+    accumulation = ceil(packed / steps / size)
     config = partial(
         SFTConfig, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, packing=True,
         max_length=errand["max_seq_len"], **errand["arguments"],
