@@ -11,7 +11,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make check   formatting, lint, types, import contracts, tests, coverage of the pure files"
 	@echo "make smoke   build the wheel, install it apart, plan and train with it"
-	@echo "make bench   how true plans are, and beside the finders that people use otherwise; 2 hours, Linux and root"
+	@echo "make bench   how true plans are, how fast training is, and beside what people use otherwise; 3 hours, Linux and root"
 
 # torch comes first and by its tested version: an open range would take the newest, with gigabytes of CUDA packages.
 .venv/ready: pyproject.toml constraints.txt
@@ -42,16 +42,17 @@ smoke: .venv/ready
 	$(SMOKE)/pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[demo]"
 	PATH="$(CURDIR)/$(SMOKE):$$PATH" tests/smoke.sh
 
-# The peers live apart: lightning is no dependency of ours.
+# The peers live apart: lightning, trl and datasets are no dependencies of ours.
 .venv-peers/ready: constraints.txt
 	$(PYTHON) -m venv .venv-peers
 	$(PEERS)/pip install --quiet -c constraints.txt torch
-	$(PEERS)/pip install --quiet -c constraints.txt lightning accelerate transformers
+	$(PEERS)/pip install --quiet -c constraints.txt lightning accelerate transformers trl
 	touch $@
 
 bench: .venv/ready .venv-peers/ready
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/train.py
 	$(if $(CHATLM_REAL_DATA),$(BIN)/python benchmarks/epochs.py)
 
 clean:
