@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, TypeAdapter
 
-from autotune.plan import Device, Fact, Layout, Plan, Stage, Task, Timed, Timing, Traced, Workload
+from autotune.plan import Device, Fact, Layout, Plan, Precision, Stage, Task, Timed, Timing, Traced, Workload
 
 DRY_MICRO_BATCHES = 2
 """Micro-batches in a dry step: the second one meets resident gradients, as all but the first do in training."""
@@ -176,6 +176,8 @@ class DryReport(Fact):
     expected_peak_bytes: int | None
     inexact: tuple[Layout, ...]
     """Layouts that were seen to change this model's gradient; only looked for beside an excerpt."""
+    matrix_flops: dict[Precision, float]
+    """Operations a second of dense matrix products, at the workload's precision and in fp32."""
 
 
 class Recipe(Fact):
@@ -216,6 +218,8 @@ class Train(Fact):
     tokenizer_dir: str
     ids: TokenIds
     output_dir: str
+    tensorboard: bool
+    """Whether rows of metrics also go where TensorBoard reads them."""
 
 
 Errand = Annotated[Preprocess | Trace | Dry | Train, Field(discriminator="errand")]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from autotune.batching import PADDING_MULTIPLE, balanced_cuts, largest_share
 from autotune.errands import DRY_MICRO_BATCHES, DataSummary, Recipe
 from autotune.evidence import traced_work
-from autotune.plan import Batching, Forecast, Layout, Rates, Speed, Timed, Traced, Trial, Work, Workload
+from autotune.plan import Batching, Forecast, Layout, Precision, Rates, Speed, Timed, Traced, Trial, Work, Workload
 
 REPEATS = 3
 """One timing decides nothing."""
@@ -88,6 +88,7 @@ def measure_speed(trial: Trial, workload: Workload, batching: Batching) -> Speed
         least=0.0,
         update=median(t.update_seconds for t in timings),
         evaluation=(trial.evaluation_seconds or 0.0) / rows,
+        matrix_flops=trial.matrix_flops,
     )
 
 
@@ -118,11 +119,20 @@ def roofline_speed(traced: Sequence[Traced], rates: Rates, workload: Workload, b
         least=starting if rates.overlaps else 0.0,
         update=update,
         evaluation=evaluating / tokens,
+        matrix_flops={workload.precision: rates.flops},
     )
 
 
 def _speed_of(
-    workload: Workload, batching: Batching, *, alpha: float, beta: float, least: float, update: float, evaluation: float
+    workload: Workload,
+    batching: Batching,
+    *,
+    alpha: float,
+    beta: float,
+    least: float,
+    update: float,
+    evaluation: float,
+    matrix_flops: dict[Precision, float],
 ) -> Speed:
     """Add up a step of full length: its micro-batches, none below the least, and the optimizer."""
     share = largest_share(batching.effective_batch_size, batching.world_size)
@@ -137,6 +147,7 @@ def _speed_of(
         least_seconds=least,
         update_seconds=update,
         evaluation_seconds_per_token=evaluation,
+        matrix_flops=matrix_flops,
     )
 
 

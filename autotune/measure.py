@@ -141,6 +141,7 @@ def try_size(
         evaluation_seconds=known.evaluation_seconds if known else None,
         expected_peak_bytes=known.expected_peak_bytes if known else None,
         inexact=known.inexact if known else (),
+        matrix_flops=known.matrix_flops if known else {},
         seconds=seconds,
         message=message,
     )

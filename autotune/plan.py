@@ -176,6 +176,8 @@ class Speed(Fact):
     update_seconds: float
     """Of the optimizer, once a step."""
     evaluation_seconds_per_token: float
+    matrix_flops: dict[Precision, float]
+    """Operations a second of dense matrix products on this device: at the workload's precision, and in fp32."""
 
 
 class Forecast(Fact):
@@ -247,6 +249,8 @@ class Trial(Fact):
     """Peak at the heaviest micro-batches that an epoch of the data will bring; None without data."""
     inexact: tuple[Layout, ...]
     """Layouts that were seen to change this model's gradient."""
+    matrix_flops: dict[Precision, float]
+    """Operations a second of dense matrix products, at the workload's precision and in fp32; empty if not measured."""
     seconds: float
     """Wall time of the trial, imports and model included."""
     message: str

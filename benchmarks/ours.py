@@ -48,7 +48,7 @@ def main() -> None:
     folder = errand["folder"]
     train = Train(
         plan=plan, recipe=recipe, store=f"{folder}/store", validation_store=None, tokenizer_dir=f"{folder}/tokenizer",
-        ids=TokenIds(pad=0, eos=1, bos=None), output_dir=f"{folder}/run",
+        ids=TokenIds(pad=0, eos=1, bos=None), output_dir=f"{folder}/run", tensorboard=False,
     )  # fmt: skip
     with Worker(plan.hardware.cores, plan.workload.cpu_allocator) as worker:
         worker.give(train)

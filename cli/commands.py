@@ -16,6 +16,7 @@ import typer
 
 from autotune import cache
 from autotune.account import check_room, set_budget
+from autotune.bottleneck import bottleneck
 from autotune.cards import find_rates
 from autotune.errands import Preprocessed, Train
 from autotune.errors import ConfigurationError, NothingFitsError, UserError
@@ -38,6 +39,7 @@ from cli.render.whatif import print_varied
 from cli.whatif import Stage, longest_asked, parse_lever
 from cli.wiring import (
     cache_dir,
+    check_reporting,
     fit_plan,
     make_folder,
     make_inputs,
@@ -49,6 +51,7 @@ from cli.wiring import (
     read_plan,
     run_folder,
     settings_of_plan,
+    slower_precision,
     write_run,
 )
 from profiles import Resolved, Settings, resolve
@@ -176,6 +179,7 @@ def train_command(
     if show_config:
         print_config(resolved)
         return
+    check_reporting(resolved.settings)
     folder = run_folder(resolved.settings)
     job = _planned(resolved, plan_file) if plan_file else _plan_job(resolved, remembering, auto=auto)
     make_folder(folder, job.facts.model, job.hardware)
@@ -235,6 +239,8 @@ def _decide(resolved: Resolved, remembering: Remembering, *, search: bool, demo:
         and not any(explored.traced for explored in planner.evidence.explored)
     ):
         warn("this model cannot be traced: it was planned by dry steps alone")
+    if planner.plan is not None and (slower := slower_precision(planner.plan)):
+        warn(slower)
     return facts, planner
 
 
@@ -284,6 +290,7 @@ def _train(job: Job, folder: Path) -> None:
         tokenizer_dir=facts.tokenizer_dir,
         ids=facts.ids,
         output_dir=str(folder),
+        tensorboard=job.settings.report_to == "tensorboard",
     )
     allocator = job.plan.workload.cpu_allocator
     with (
@@ -300,7 +307,7 @@ def _train(job: Job, folder: Path) -> None:
                 raise _no_longer_fits(job.plan, progress, str(event["message"]))
         if not progress.ended and (progress.steps or not signals):
             raise _unexpected_end(worker, job.plan, progress)
-    _summarise(progress)
+    _summarise(progress, job.plan)
     if signals:
         raise typer.Exit(128 + signals[0])
 
@@ -341,7 +348,7 @@ def _unexpected_end(worker: Worker, plan: Plan, progress: RunProgress) -> Except
     return WorkerCrashedError(f"the worker ended with exit code {worker.exit_code}:\n{worker.last_words()}")
 
 
-def _summarise(progress: RunProgress) -> None:
+def _summarise(progress: RunProgress, plan: Plan) -> None:
     if progress.skipped:
         warn(f"{count(progress.skipped, 'step')} had a gradient that is not finite, and changed no weight")
     if not progress.steps:
@@ -355,11 +362,30 @@ def _summarise(progress: RunProgress) -> None:
         f"peak {gib(progress.peak_bytes)}"
     )
     out.print(_against(progress.against))
+    for line in (_utilization(progress, plan), _waiting(progress, plan)):
+        if line:
+            out.print(line)
     out.print(f"model: {progress.model}")
     if progress.best:
         best, loss = progress.best, number(progress.best["best_loss"], ".4f")
         where = "the last one" if best["best_model"] == progress.model else best["best_model"]
         out.print(f"best: {where} (step {best['best_step']}, validation loss {loss})")
+
+
+def _utilization(progress: RunProgress, plan: Plan) -> str:
+    """Say which share of the device's own rate the steps came to, on real tokens."""
+    rate = plan.speed.matrix_flops.get(plan.workload.precision) if plan.speed else None
+    if not rate:
+        return ""
+    return (
+        f"utilization: {progress.flops_share / progress.seconds:.0%} of the {rate / 1e12:,.2f} TFLOP/s at which this "
+        f"device was measured to multiply {plan.workload.precision} matrices, on real tokens alone"
+    )
+
+
+def _waiting(progress: RunProgress, plan: Plan) -> str:
+    found = bottleneck(progress.spent, plan)
+    return f"slowest part: {found.share:.0%} of the time went into {found.what}; {found.advice}" if found else ""
 
 
 def _against(row: dict[str, Any]) -> str:

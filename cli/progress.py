@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from autotune.bottleneck import Spent
 from cli.render.console import err, say
 from cli.render.units import duration, gib, number
 
@@ -58,7 +59,8 @@ class RunProgress:
         self.validation_loss: float | None = None
         self.peak_bytes = 0
         self.steps = self.tokens = self.skipped = 0
-        self.seconds = 0.0
+        self.seconds = self.flops_share = 0.0
+        self.spent = Spent()
         self.against: Metrics = {}
         self.ended = ""
         self.model = ""
@@ -125,6 +127,9 @@ class RunProgress:
         self.steps, self.last_loss = row["step"], row["loss"]
         self.tokens += row["tokens"]
         self.seconds += row["seconds"]
+        self.flops_share += row.get("model_flops_utilization", 0.0) * row["seconds"]
+        names = ("seconds", "data_seconds", "tokens", "padded_tokens", "micro_batches")
+        self.spent.add(*(row[name] for name in names))
         self.peak_bytes = max(self.peak_bytes, row["peak_memory_bytes"])
         left = (self._total - self.steps) * self.seconds / self.steps
         text = (

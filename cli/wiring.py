@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,12 @@ BYTES_OF_LOGIT = 8
 MUCH = 1 / 16
 LEARNING_RATES = {"pretrain": 5e-4, "sft": 1e-4}
 MIB = 2**20
+
+
+def check_reporting(settings: Settings) -> None:
+    """Raise ConfigurationError where a run is to be reported to what is not installed."""
+    if settings.report_to == "tensorboard" and find_spec("tensorboard") is None:
+        raise ConfigurationError("TensorBoard is not installed", "pip install 'chatlm[tensorboard]'")
 
 
 def cache_dir() -> Path:
@@ -433,6 +440,18 @@ def notes(settings: Settings, facts: Preprocessed) -> list[str]:
                 "(chatlm-mini's own does not know the space mark); a trained one (no --tokenizer) knows all"
             )
     return said
+
+
+def slower_precision(plan: Plan) -> str:
+    """Say that half precision, which the rule took for fast, was measured to be slower here; else nothing."""
+    rates, precision = plan.speed.matrix_flops if plan.speed else {}, plan.workload.precision
+    own, full = rates.get(precision, 0.0), rates.get("fp32", 0.0)
+    if not own < full:
+        return ""
+    return (
+        f"{precision} matrices were multiplied at {own / 1e9:,.0f} GFLOP/s here, fp32 ones at {full / 1e9:,.0f}: "
+        "--precision fp32 is faster"
+    )
 
 
 UNKNOWN_SHARE = 0.01

@@ -143,6 +143,9 @@ class Settings:
     prefer: Literal["auto", "largest"] = _setting(
         "auto", "Memory", "Largest micro-batch unless a smaller one is measured faster, or the largest."
     )
+    report_to: Literal["none", "tensorboard"] = _setting(
+        "none", "Output", "Also write the run for TensorBoard, into its folder; metrics.jsonl is always there."
+    )
     output_dir: str | None = _setting(None, "Output", "Folder of the run (default runs/MODEL-DATE).", "DIR")
 
 

@@ -30,6 +30,7 @@ ELSEWHERE = {
     "model_name_or_path": "--model",
     "num_train_epochs": "--epochs",
     "optim": "--optimizer",
+    "torch_compile": "--compile",
     "packing": "--layout packed, or auto",
     "padding_free": "--layout packed, or auto",
     "per_device_eval_batch_size": "nothing: evaluation takes the micro-batch that the plan measured",

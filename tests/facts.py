@@ -125,6 +125,7 @@ def completed(rows: int, phases: dict[str, int], **changes: Any) -> Trial:
         "evaluation_seconds": None,
         "expected_peak_bytes": None,
         "inexact": (),
+        "matrix_flops": {},
         "seconds": 8.0,
         "message": "",
     }
@@ -205,6 +206,7 @@ def speed(**changes: Any) -> Speed:
         "least_seconds": 0.0,
         "update_seconds": 0.0,
         "evaluation_seconds_per_token": 2.5e-6,
+        "matrix_flops": {"bf16": 4e14, "fp32": 5e13},
     }
     return Speed.model_validate(facts | changes)
 

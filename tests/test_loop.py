@@ -63,6 +63,7 @@ def errand_of(tmp_path: Path, model: str = "tiny", **changes: Any) -> Train:
         "validation_store": done.data.store,
         "tokenizer_dir": done.tokenizer_dir,
         "ids": done.ids,
+        "tensorboard": False,
         "output_dir": str(tmp_path / "run"),
     }
     return Train(**(values | changes))

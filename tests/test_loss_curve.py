@@ -154,4 +154,5 @@ def errand_of(done: Preprocessed, folder: Path, asked: Recipe, layout: str) -> T
         tokenizer_dir=str(done.tokenizer_dir),
         ids=done.ids,
         output_dir=str(folder / layout),
+        tensorboard=False,
     )

@@ -72,12 +72,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 maybe_bytes = st.none() | st.integers(0, 2**60)
+rates = st.dictionaries(st.sampled_from(["fp32", "bf16"]), finite)
 trials = st.builds(
     Trial,
     peak_bytes=maybe_bytes,
     resident_bytes=maybe_bytes,
     timed=st.lists(st.builds(Timed, seconds=st.lists(finite, max_size=2).map(tuple)), max_size=2).map(tuple),
     evaluation_seconds=st.none() | finite,
+    matrix_flops=rates,
     timings=st.lists(st.builds(Timing, seconds=finite, update_seconds=finite), max_size=3).map(tuple),
     seconds=finite,
 )
@@ -88,7 +90,7 @@ plans = st.builds(
     hardware=st.builds(hardware, device_name=st.text(), compute_capability=st.none() | st.just((9, 0))),
     batching=st.builds(Batching, expected_micro_batches_per_step=finite),
     memory=st.builds(Memory),
-    speed=st.none() | st.builds(Speed, **dict.fromkeys(Speed.model_fields, finite)),
+    speed=st.none() | st.builds(Speed, **(dict.fromkeys(Speed.model_fields, finite) | {"matrix_flops": rates})),
     forecast=st.none()
     | st.builds(
         Forecast,
@@ -105,7 +107,7 @@ plans = st.builds(
 def objects_in(value: Any, at: str = "plan") -> Iterator[tuple[str, dict[str, Any]]]:
     """Every JSON object that is one of our types, with where it stands; tables by name are free in their keys."""
     if isinstance(value, dict):
-        if at.rpartition(".")[2] not in ("phases", "items"):
+        if at.rpartition(".")[2] not in ("phases", "items", "matrix_flops"):
             yield at, value
         for key, inner in value.items():
             yield from objects_in(inner, f"{at}.{key}")
@@ -198,6 +200,7 @@ def test_the_keys_are_those_that_others_read() -> None:
         "least_seconds",
         "update_seconds",
         "evaluation_seconds_per_token",
+        "matrix_flops",
     }
     assert keys["plan.forecast"] == {
         "rows",
@@ -349,6 +352,7 @@ ERRANDS = [
         tokenizer_dir="/cache/tokenizer",
         ids=IDS,
         output_dir="runs/one",
+        tensorboard=False,
     ),
 ]
 ANSWERS = [
@@ -365,6 +369,7 @@ ANSWERS = [
         evaluation_seconds=0.1,
         expected_peak_bytes=None,
         inexact=(),
+        matrix_flops={"bf16": 4e14, "fp32": 5e13},
     ),
 ]
 

@@ -81,6 +81,7 @@ class Machine:
             evaluation_seconds=took / 4,
             expected_peak_bytes=peak if excerpt and verified else None,
             inexact=(),
+            matrix_flops={},
             seconds=1.0,
             message="" if fits else "no more",
         )

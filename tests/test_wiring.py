@@ -19,6 +19,7 @@ from cli.wiring import (
     make_request,
     run_folder,
     settings_of_plan,
+    slower_precision,
     write_run,
 )
 from profiles import Settings, resolve
@@ -205,3 +206,14 @@ def test_logits_are_taken_in_chunks_where_they_are_much(asked: Any, chunks: bool
     model = facts.preprocessed().model.model_copy(update={"chunks": chunks, "vocabulary_size": 6400})
     settings = Settings(loss_head=asked, memory_limit=limit)
     assert choose_loss_head(settings, facts.preprocessed(model=model), facts.hardware(world_size=1), 512) == loss_head
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [({"bf16": 4e11, "fp32": 2e11}, ""), ({"bf16": 1e11, "fp32": 2e11}, "--precision fp32"), ({}, "")],
+)
+def test_half_precision_that_is_slower_here_is_said(rates: dict[str, float], said: str) -> None:
+    plan = facts.plan(speed=facts.speed(matrix_flops=rates))
+    assert plan.workload.precision == "bf16"
+    assert said in slower_precision(plan)
+    assert bool(slower_precision(plan)) is bool(said)

@@ -21,6 +21,7 @@ from trainer.microbatch import SpecialTokens, WorstCase, collate, cut, lay_out, 
 from trainer.model import build_for
 from trainer.proof import SAMPLES as PROVEN_ON
 from trainer.proof import TOLERANCE, first_samples, gradient_errors
+from trainer.rate import matrix_flops
 from trainer.step import TrainState, accumulate, start, update
 
 NO_SPECIAL = SpecialTokens(0, 0)
@@ -76,6 +77,7 @@ def take_dry_steps(errand: Dry) -> DryReport:
         evaluation_seconds=account.seconds["evaluation"],
         expected_peak_bytes=_expected_peak(state, errand, store, meter, peak) if store else None,
         inexact=inexact,
+        matrix_flops={precision: matrix_flops(device, precision) for precision in (workload.precision, "fp32")},
     )
 
 

@@ -20,6 +20,7 @@ from trainer.memory import PeakMeter, prepare_heap
 from trainer.microbatch import lay_out, target_count
 from trainer.model import build_for, save_model
 from trainer.proof import TOLERANCE, first_samples, gradient_errors
+from trainer.rate import token_flops
 from trainer.schedule import learning_rate_at, steps_in
 from trainer.step import TrainState, start, train_step
 
@@ -44,30 +45,29 @@ def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
     layout = verified["layout"]
     workload = workload.model_copy(update={"layout": layout})
     errand = errand.model_copy(update={"plan": errand.plan.model_copy(update={"workload": workload})})
+    counted = _utilization(errand.plan, model)
     evaluator, best = Evaluator(errand, store, model, meter), Best(Path(errand.output_dir) / "best")
     state = start(model, workload, recipe.weight_decay)
     del model
     total_steps = steps_in(len(store), errand.plan.batching.effective_batch_size, recipe)
     yield {"kind": "event", "event": "started", "step": 0, "total_steps": total_steps, "samples": len(store)}
-    ended, seconds, training_seconds, generation_seconds, peak, tokens = "finished", 0.0, 0.0, 0.0, 0, 0
+    seconds, training_seconds, generation_seconds, peak, tokens = 0.0, 0.0, 0.0, 0, 0
     began = time.perf_counter()
-    for row in _steps(errand, state, store, total_steps, meter, evaluator, best):
+    for row in _steps(errand, state, store, total_steps, meter, evaluator, best, stop):
         if row["kind"] == "sample":  # its time is that of its evaluation
             yield row
             continue
         # Since the row before, so that the seconds of all rows come to those of the loop.
         now = time.perf_counter()
         taken, began = now - began, now
-        yield _timed(row, taken)
+        yield _timed(row, taken, counted)
         seconds, peak = seconds + taken, max(peak, row.get("peak_memory_bytes", 0))
         generation_seconds += row.get("generation_seconds", 0.0)
         if row["kind"] == "train":
             tokens, training_seconds = tokens + row["tokens"], training_seconds + taken
         if row["kind"] == "train" and not math.isfinite(row["gradient_norm"]):
-            yield {"kind": "event", "event": "skipped_step", "step": state.step}
-        if stop():
-            ended = "stopped"
-            break
+            yield {"kind": "event", "event": "skipped_step", "step": row["step"]}
+    ended = "stopped" if stop() and state.step < total_steps else "finished"
     step, model = state.step, state.model
     against = _against(errand.plan, step, seconds, peak, tokens / max(training_seconds, 1e-9), tokens)
     yield against | {"generation_seconds": generation_seconds}
@@ -158,23 +158,33 @@ def _steps(
     meter: PeakMeter,
     evaluator: Evaluator,
     best: Best,
+    stop: Callable[[], bool],
 ) -> Iterator[Metrics]:
+    """Take steps and evaluate between them; a row is read when the device has begun the next step, where it can."""
     recipe, effective = errand.recipe, errand.plan.batching.effective_batch_size
     every = recipe.eval_every or (math.ceil(len(store) / effective) if evaluator.validation else total_steps)
-    epoch = 0
+    epoch, waits, unread = 0, state.loss_scale.device.type == "cpu", None
     while state.step < total_steps:
         permutation = order(len(store), recipe.seed, epoch)
         for first in range(0, len(store), effective):
-            yield _one_step(errand, state, store, permutation[first : first + effective], total_steps, meter, epoch)
-            ended = state.step == total_steps
-            if ended or state.step % every == 0:
+            taken = _one_step(errand, state, store, permutation[first : first + effective], total_steps, meter, epoch)
+            if unread is not None:
+                yield _read(unread)
+            unread = taken
+            stopped = stop()
+            ended = stopped or state.step == total_steps
+            evaluates = not stopped and (ended or state.step % every == 0)
+            if waits or ended or evaluates:
+                yield _read(unread)
+                unread = None
+            if evaluates:
                 yield from _evaluate(errand, state, evaluator, best)
             if best.without >= (recipe.early_stopping or math.inf):
                 ending = {"kind": "event", "event": "early_stopping", "step": state.step}
                 yield ending | {"evaluations": best.without} | best.told()
                 return
-            if ended:
-                break
+            if ended or stop():
+                return
         epoch += 1
 
 
@@ -200,8 +210,10 @@ def _one_step(
     plan, recipe = errand.plan, errand.recipe
     share = ids[: share_of(len(ids), plan.batching.world_size, 0)]
     special = special_tokens(state.model, errand)
+    began = time.perf_counter()
     batches = lay_out(share, plan.batching.micro_batch_size, store, plan.workload, special)
     targets = target_count(ids, store)
+    data_seconds = time.perf_counter() - began
     rate = learning_rate_at(state.step, total_steps, recipe)
     prepare_heap(state.loss_scale.device, plan.workload.cpu_allocator)
     meter.reset()
@@ -212,18 +224,38 @@ def _one_step(
         "kind": "train",
         "step": state.step,
         "epoch": epoch + 1,
-        "loss": loss.item(),
+        "loss": loss,
         "learning_rate": rate,
-        "gradient_norm": norm.item(),
+        "gradient_norm": norm,
         "samples": len(ids),
         "tokens": sum(batch.tokens for batch in batches),
         "target_tokens": targets,
         "padded_tokens": sum(batch.padded_tokens for batch in batches),
         "micro_batches": len(batches),
+        "data_seconds": data_seconds,
         "peak_memory_bytes": meter.peak_bytes(),
     }
 
 
-def _timed(row: Metrics, seconds: float) -> Metrics:
-    rates = {"tokens_per_second": row["tokens"] / seconds} if "tokens" in row else {}
-    return row | {"seconds": seconds} | rates
+def _read(row: Metrics) -> Metrics:
+    """Read what a step left on the device, which waits for it."""
+    return row | {name: row[name].item() for name in ("loss", "gradient_norm")}
+
+
+def _utilization(plan: Plan, model: Any) -> Callable[[Metrics, float], Metrics]:
+    """Return what says of a step which share it took of the device's rate of matrix products, where that is known."""
+    flops, rates = token_flops(model), plan.speed.matrix_flops if plan.speed else {}
+    rate = rates.get(plan.workload.precision)
+
+    def utilization(row: Metrics, seconds: float) -> Metrics:
+        used = flops.of_step(row["tokens"], row["target_tokens"]) / seconds
+        return {"model_flops_utilization": used / rate} if rate else {}
+
+    return utilization
+
+
+def _timed(row: Metrics, seconds: float, utilization: Callable[[Metrics, float], Metrics]) -> Metrics:
+    row = row | {"seconds": seconds}
+    if row["kind"] != "train":
+        return row
+    return row | {"tokens_per_second": row["tokens"] / seconds} | utilization(row, seconds)

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import nullcontext
 from math import inf
 from pathlib import Path
 from types import FrameType
@@ -21,6 +22,7 @@ import torch
 
 from autotune.errands import ERRAND, Dry, Errand, Preprocess, Trace, Train
 from autotune.errors import ConfigurationError, MachineError, UserError
+from trainer.board import Board
 from trainer.compiled import is_compile_error
 from trainer.dry import take_dry_steps
 from trainer.loop import train
@@ -97,6 +99,7 @@ def _train(errand: Train, events: Events) -> None:
     with (
         (folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics,
         (folder / "samples.jsonl").open("w", encoding="utf-8") as samples,
+        Board(folder) if errand.tensorboard else nullcontext() as board,
     ):
         for row in train(errand, stopped):
             # JSON has no word for a loss that is not finite.
@@ -108,6 +111,8 @@ def _train(errand: Train, events: Events) -> None:
             else:
                 metrics.write(json.dumps(row, allow_nan=False) + "\n")
                 metrics.flush()
+                if board is not None:
+                    board.add(row)
             events.send("metrics", row=row)
 
 

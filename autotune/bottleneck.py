@@ -1,0 +1,91 @@
+"""What kept a run from being faster, and what to do: from what its steps took. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import median
+from typing import NamedTuple
+
+from autotune.plan import Plan
+
+WINDOW = 32
+"""Steps at the beginning and at the end of a run that are held against each other."""
+WORTH_SAYING = 0.2
+"""Share of the time below which nothing is said: something always takes the rest."""
+
+
+class Bottleneck(NamedTuple):
+    """What took a share of the time that the device could have computed in."""
+
+    share: float
+    what: str
+    advice: str
+
+
+@dataclass
+class Spent:
+    """What the steps of a run took, added up as they come."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    data_seconds: float = 0.0
+    """In which the next step's samples were laid out, and the device waited."""
+    tokens: int = 0
+    padded_tokens: int = 0
+    micro_batches: int = 0
+    _first: list[float] = field(default_factory=list)
+    _last: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+
+    def add(self, seconds: float, data_seconds: float, tokens: int, padded_tokens: int, micro_batches: int) -> None:
+        """Take in a step."""
+        self.steps += 1
+        self.seconds += seconds
+        self.data_seconds += data_seconds
+        self.tokens += tokens
+        self.padded_tokens += padded_tokens
+        self.micro_batches += micro_batches
+        if 1 < self.steps <= 1 + WINDOW:  # the first step warms up
+            self._first.append(seconds / padded_tokens)
+        self._last.append(seconds / padded_tokens)
+
+    @property
+    def slowed(self) -> float:
+        """Share of the last steps' time that the first ones did without."""
+        if self.steps <= 2 * WINDOW:
+            return 0.0
+        return max(0.0, 1 - median(self._first) / median(self._last))
+
+
+def bottleneck(spent: Spent, plan: Plan) -> Bottleneck | None:
+    """Return what took most of the time beside computing on real tokens, if that is worth a word."""
+    if not spent.seconds:
+        return None
+    found = [
+        Bottleneck(
+            spent.data_seconds / spent.seconds,
+            "waiting for data",
+            "a faster disk for the token store (XDG_CACHE_HOME), or fewer programs beside it",
+        ),
+        Bottleneck(
+            1 - spent.tokens / spent.padded_tokens,
+            "padding",
+            "--layout packed leaves none" if plan.workload.layout == "fixed" else "a larger effective batch fills rows",
+        ),
+        Bottleneck(spent.slowed, "slowing down", "steps became slower: heat, a power limit, or other programs"),
+    ]
+    if plan.speed is not None:
+        found += [
+            Bottleneck(
+                plan.speed.alpha_seconds * spent.micro_batches / spent.seconds,
+                "starting small micro-batches",
+                "fewer and larger ones, if memory has room: close other programs, or --loss-head chunked",
+            ),
+            Bottleneck(
+                plan.speed.update_seconds * spent.steps / spent.seconds,
+                "the optimizer",
+                "a larger --effective-batch-size takes fewer steps",
+            ),
+        ]
+    most = max(found)
+    return most if most.share >= WORTH_SAYING else None
