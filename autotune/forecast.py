@@ -235,7 +235,8 @@ def most_packed_rows(lengths: Sequence[Histogram], limits: tuple[int, ...], shar
     """Return the rows that a step of packed samples takes at most, of a few drawn at random."""
     from autotune.layout import arrange  # loads numpy
 
-    return max(len(arrange(samples, "packed", share, limits)[0]) for samples in _drawn_steps(lengths, share))
+    steps = (arrange(samples, "packed", share, limits) for samples in _drawn_steps(lengths, share))
+    return max(sum(map(len, step)) for step in steps)
 
 
 def _drawn_steps(lengths: Sequence[Histogram], share: int) -> Iterator[list[tuple[int, ...]]]:

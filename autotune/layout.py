@@ -1,9 +1,9 @@
 """Which samples of a step share a micro-batch, and which of them a row. Pure.
 
-Layout `fixed`: a row is a sample, in the order of the epoch. `sorted`: a row is a sample, those of like length
-together, cut where starting another micro-batch costs less than the padding it saves. `packed`: samples share rows, as
-many as fit. None changes which samples a step takes, or their loss; none makes a micro-batch larger than `rows` rows of
-full length.
+Layout `fixed`: a row is a sample, in the order of the epoch. `sorted`: a row is a sample. `packed`: samples share rows,
+as many as fit. In these two rows of like length are together, cut where starting another micro-batch costs less than
+the padding it saves. None changes which samples a step takes, or their loss; none makes a micro-batch larger than
+`rows` rows of full length.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ def arrange(
 ) -> list[list[Row]]:
     """Lay out the samples of a step: micro-batches of rows, none over `rows` rows of the limits' tokens on any side.
 
-    No samples give no micro-batch. Micro-batches of `fixed` and `packed` differ by one row at most.
+    No samples give no micro-batch. Those of `fixed` differ by one row at most.
     """
+    if layout == "packed":
+        return _cut(_pack(lengths, limits), lengths, rows, limits, starting_tokens)
+    alone = [[i] for i in range(len(lengths))]
     if layout == "sorted":
-        return _sorted(lengths, rows, limits, starting_tokens)
-    whole = _pack(lengths, limits) if layout == "packed" else [[i] for i in range(len(lengths))]
+        return _cut(alone, lengths, rows, limits, starting_tokens)
     batches, start = [], 0
-    for size in balanced_cuts(len(whole), rows):
-        batches.append(whole[start : start + size])
+    for size in balanced_cuts(len(alone), rows):
+        batches.append(alone[start : start + size])
         start += size
     return batches
 
@@ -54,10 +56,7 @@ def padded(length: int, limit: int) -> int:
 
 
 def _pack(lengths: Lengths, limits: tuple[int, ...]) -> list[Row]:
-    """Put each sample, the longest first, into the row that it leaves the least room in: best fit decreasing.
-
-    Rows come out by falling length, so that those of like length are padded together.
-    """
+    """Put each sample, the longest first, into the row that it leaves the least room in: best fit decreasing."""
     order = sorted(range(len(lengths)), key=lambda i: (-sum(lengths[i]), i))
     least = tuple(min((sample[side] for sample in lengths), default=0) for side in range(len(limits)))
     packed: list[Row] = []
@@ -80,22 +79,25 @@ def _pack(lengths: Lengths, limits: tuple[int, ...]) -> list[Row]:
         rooms[row] = tuple(r - s for r, s in zip(rooms[row], sample, strict=True))
         if _fits(least, rooms[row]):
             insort(open_rows, (sum(rooms[row]), row))
-    return sorted(packed, key=lambda row: -sum(sum(lengths[i]) for i in row))
+    return packed
 
 
 def _fits(sample: tuple[int, ...], room: tuple[int, ...]) -> bool:
     return all(s <= r for s, r in zip(sample, room, strict=True))
 
 
-def _sorted(lengths: Lengths, rows: int, limits: tuple[int, ...], starting_tokens: float) -> list[list[Row]]:
-    """Cut samples of falling length where the sum of (starting tokens + padded tokens) of all micro-batches is least.
+def _cut(
+    laid: Sequence[Row], lengths: Lengths, rows: int, limits: tuple[int, ...], starting_tokens: float
+) -> list[list[Row]]:
+    """Cut rows of falling length where the sum of (starting tokens + padded tokens) of all micro-batches is least.
 
-    An exact dynamic programme over the sorted samples: the best way to lay out the first n ends with some micro-batch.
+    An exact dynamic programme over the sorted rows: the best way to lay out the first n ends with some micro-batch.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-sum(lengths[i]), i))
-    if not order:
+    if not laid:
         return []
-    sides = np.array([[padded(n, m) for n, m in zip(lengths[i], limits, strict=True)] for i in order])
+    filled = [tuple(sum(lengths[i][side] for i in row) for side in range(len(limits))) for row in laid]
+    order = sorted(range(len(laid)), key=lambda at: (-sum(filled[at]), laid[at][0]))
+    sides = np.array([[padded(n, m) for n, m in zip(filled[at], limits, strict=True)] for at in order])
     most = rows * np.array(limits)
     best = np.zeros(len(order) + 1)
     begins = np.zeros(len(order) + 1, np.int64)
@@ -110,6 +112,6 @@ def _sorted(lengths: Lengths, rows: int, limits: tuple[int, ...], starting_token
     batches: list[list[Row]] = []
     end = len(order)
     while end:
-        batches.append([[i] for i in order[begins[end] : end]])
+        batches.append([laid[at] for at in order[begins[end] : end]])
         end = int(begins[end])
     return batches[::-1]
