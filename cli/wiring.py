@@ -28,8 +28,16 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chatlm"
 
 
-def preprocess_errand(settings: Settings, *, demo: bool) -> Preprocess:
-    """Ask what the model and the data are; without data nothing is tokenized, unless the demo's is to be used."""
+def preprocess_errand(settings: Settings, *, demo: bool, show: int = 0) -> Preprocess:
+    """Ask what the model and the data are; without data nothing is tokenized, unless the demo's is to be used.
+
+    Raises ConfigurationError where validation data is both given and split off.
+    """
+    if settings.validation and settings.validation_split:
+        raise ConfigurationError(
+            f"--validation and --validation-split {settings.validation_split:g} both say what is not trained on",
+            "leave one of them out",
+        )
     return Preprocess(
         model=settings.model,
         tokenizer=settings.tokenizer,
@@ -37,10 +45,12 @@ def preprocess_errand(settings: Settings, *, demo: bool) -> Preprocess:
         freeze=settings.freeze,
         data=settings.data or (() if demo else None),
         validation=settings.validation,
+        validation_split=settings.validation_split,
         stage=settings.stage,
         max_seq_len=settings.max_seq_len,
         max_target_len=settings.max_target_len or settings.max_seq_len,
         limit=settings.limit,
+        show=show,
         cache_dir=str(cache_dir()),
     )
 

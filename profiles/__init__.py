@@ -49,6 +49,12 @@ class Settings:
         (), "Data", "Parquet or jsonl file, or folder of such; may be repeated.", "FILE|DIR"
     )
     validation: tuple[str, ...] = _setting((), "Data", "The same, for the loss after each epoch.", "FILE|DIR")
+    validation_split: float | None = _setting(
+        None,
+        "Data",
+        "Hold out this share of the rows instead, such as 0.01: by content, so that no row is on both sides.",
+        "SHARE",
+    )
     stage: Literal["pretrain", "sft"] | None = _setting(
         None, "Data", "What is trained on: all, or answers; by the data's columns where not given."
     )
@@ -253,6 +259,9 @@ def _validated(values: Mapping[str, Any], origins: Mapping[str, str]) -> Setting
         value = getattr(settings, name)
         if value is not None and not 0 < value < float("inf"):
             raise ConfigurationError(f"{name} = {value} ({origins[name]}) must be above 0")
+    if settings.validation_split is not None and not 0 < settings.validation_split < 1:
+        origin = origins["validation_split"]
+        raise ConfigurationError(f"validation_split = {settings.validation_split} ({origin}) must be between 0 and 1")
     if settings.dropout is not None and not settings.dropout < 1:
         raise ConfigurationError(f"dropout = {settings.dropout} ({origins['dropout']}) must be below 1")
     return settings

@@ -14,7 +14,7 @@ from facts import recipe
 
 from autotune.batching import reach
 from autotune.errands import Preprocess, Train
-from trainer.data import TokenStore, order
+from trainer.data import Order, TokenStore
 from trainer.loop import train
 from trainer.preprocess import preprocess
 
@@ -29,10 +29,12 @@ def errand_of(tmp_path: Path, model: str = "tiny", **changes: Any) -> Train:
             freeze=(),
             data=(),
             validation=(),
+            validation_split=None,
             stage=None,
             max_seq_len=64,
             max_target_len=64,
             limit=40,
+            show=0,
             cache_dir=str(tmp_path / "cache"),
         ),
         lambda doing, rows: None,
@@ -213,4 +215,4 @@ def test_the_seconds_of_the_rows_come_to_those_of_the_loop(tmp_path: Path) -> No
 
 
 def test_epochs_differ_in_their_order() -> None:
-    assert order(40, 42, 0).tolist() != order(40, 42, 1).tolist()
+    assert Order(40, 42, 0)[:].tolist() != Order(40, 42, 1)[:].tolist()

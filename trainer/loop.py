@@ -13,7 +13,7 @@ import torch
 from autotune.batching import share_of
 from autotune.errands import Train
 from autotune.plan import Layout, Plan
-from trainer.data import TokenStore, order
+from trainer.data import Order, TokenStore
 from trainer.evaluate import perplexity, total_loss
 from trainer.memory import PeakMeter, prepare_heap
 from trainer.microbatch import MicroBatch, SpecialTokens, lay_out, target_count
@@ -121,7 +121,7 @@ def _steps(
     validation = TokenStore(Path(errand.validation_store)) if errand.validation_store else None
     epoch = 0
     while state.step < total_steps:
-        permutation = order(len(store), errand.recipe.seed, epoch)
+        permutation = Order(len(store), errand.recipe.seed, epoch)
         for first in range(0, len(store), effective):
             if state.step >= total_steps:
                 break
