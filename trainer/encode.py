@@ -15,6 +15,7 @@ from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from autotune.errors import ConfigurationError, DataError
 from autotune.plan import Stage, Task
@@ -73,6 +74,7 @@ class Encoder:
                 "the tokenizer has no end token (eos_token), so a model would never stop",
                 "set eos_token in its tokenizer_config.json, or leave --tokenizer out to train one",
             )
+        self._given = {"tools": None, "documents": None, **self.tokenizer.special_tokens_map}
         special = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         self._end = re.compile(r"\s*(?:" + "|".join(map(re.escape, special)) + ")")
 
@@ -88,9 +90,11 @@ class Encoder:
         while batch := list(islice(records, BATCH)):
             yield from encode_batch(batch)
 
-    def _tokenize(self, texts: Sequence[str]) -> list[Any]:
-        """Return tokenizers' encodings (`ids`, places in the text), without added special tokens."""
-        encodings: list[Any] = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    def _tokenize(self, texts: Sequence[str], *, places: bool = False) -> list[Any]:
+        """Return tokenizers' encodings, without added special tokens; places in the text only where they are needed."""
+        backend = self.tokenizer.backend_tokenizer
+        encode = backend.encode_batch if places else backend.encode_batch_fast
+        encodings: list[Any] = encode(texts, add_special_tokens=False)
         return encodings
 
     def _pairs(self, records: Sequence[Record]) -> Iterator[Sample]:
@@ -126,7 +130,7 @@ class Encoder:
     def _conversations(self, records: Sequence[Record]) -> Iterator[Sample]:
         exchanges = [_answered(record) for record in records]
         texts = [self._template(*pair, prompt=False) for pair in zip(records, exchanges, strict=True)]
-        encodings = self._tokenize(texts)
+        encodings = self._tokenize(texts, places=True)
         for record, turns, text, encoding in zip(records, exchanges, texts, encodings, strict=True):
             self._see(record, len(encoding))
             if len(encoding) <= self.max_seq_len:
@@ -150,7 +154,7 @@ class Encoder:
         @cache
         def tokenized(i: int) -> tuple[str, Any]:
             text = self._template(record, shorter[i], prompt=False)
-            return text, self._tokenize([text])[0]
+            return text, self._tokenize([text], places=True)[0]
 
         # A text is about as many tokens as its share of the characters: so a few are tokenized, and those are short.
         room = sum(len(turn.content) + FRAME for turn in turns) * self.max_seq_len / len(encoding)
@@ -195,12 +199,13 @@ class Encoder:
     def _template(self, record: Record, turns: Sequence[Turn], *, prompt: bool) -> str:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
-            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            # What `apply_chat_template` renders by (and keeps compiled), without what takes it as long again.
+            template = _compile_jinja_template(self.tokenizer.get_chat_template())
+            return str(template.render(messages=messages, add_generation_prompt=prompt, **self._given))
         except (jinja2.TemplateError, IndexError, ValueError) as error:
             raise DataError(
                 f"{record.place}: the tokenizer's chat template refuses this conversation: {error}"
             ) from None
-        return str(rendered)
 
 
 def _answered(record: Record) -> tuple[Turn, ...]:

@@ -21,6 +21,7 @@ from autotune.errors import ConfigurationError, MachineError, UserError
 from autotune.plan import Stage
 from trainer.data import StoreFacts, StoreWriter, TokenStore
 from trainer.encode import Encoder, end_ids
+from trainer.fingerprints import keep_stamps, stamps
 from trainer.model import PRESETS, summarise
 from trainer.records import Block, Record, demo_files, demo_records, find_files, parse, read_blocks
 from trainer.shards import Part, append, make_shards, useful_processes
@@ -118,7 +119,7 @@ def _tokenizer_folder(errand: Preprocess, source: Source, report: Report) -> Pat
             raise ConfigurationError(f"{errand.model}: a model without a tokenizer.json", "give --tokenizer DIR")
         return Path(errand.model)
     size = summarise(errand.model, None, None).vocabulary_size
-    key = _key("tokenizer", *_stamps(source.files), size, errand.limit)
+    key = _key("tokenizer", *stamps(source.files), size, errand.limit)
     folder = Path(errand.cache_dir) / "tokenizers" / key
     if not (folder / "tokenizer.json").exists():
         with _whole(folder) as partial:
@@ -139,7 +140,8 @@ def _store(errand: Preprocess, source: Source, part: Part | None, encoder: Encod
     """Return what a store holds: one that was made before, or one that is made, from where it was left."""
     limits = (encoder.max_seq_len, encoder.max_target_len)
     rules = (encoder.task, encoder.stage, *limits, source.limit, *(astuple(part) if part else ()))
-    key = _key(*_stamps(source.files), fingerprint(encoder.tokenizer), *rules)
+    states = [*stamps(source.files)]
+    key = _key(*states, fingerprint(encoder.tokenizer), *rules)
     folder = Path(errand.cache_dir) / "tokens" / key
     with _alone(folder, report) as partial:
         if not (folder / SUMMARY).exists():
@@ -159,6 +161,7 @@ def _store(errand: Preprocess, source: Source, part: Part | None, encoder: Encod
                 cuts={name: count for name, count in facts.cuts.items() if count},
                 unknown_share=_unknown_share(TokenStore(partial), encoder.tokenizer.unk_token_id),
             )
+            keep_stamps(source.files, states, partial)
             (partial / SUMMARY).write_text(data.model_dump_json(), encoding="utf-8")
             partial.rename(folder)
     kept = DataSummary.model_validate_json((folder / SUMMARY).read_text(encoding="utf-8"))
@@ -298,27 +301,6 @@ def _shown(store: TokenStore, tokenizer: PreTrainedTokenizerFast, count: int) ->
 
 MOST_BYTES = 4
 """Of a character in UTF-8."""
-
-
-def _stamps(files: Sequence[Path]) -> Iterator[str]:
-    """Yield what tells one state of a file from another: path, size, time of change, and what its ends hold.
-
-    The end of a parquet file is its footer, with the statistics of every column.
-    """
-    for file in files:
-        stat = file.stat()
-        yield f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {_ends(file, stat.st_size)}"
-
-
-def _ends(file: Path, size: int) -> str:
-    with file.open("rb") as opened:
-        ends = hashlib.sha256(opened.read(END_BYTES))
-        opened.seek(max(0, size - END_BYTES))
-        ends.update(opened.read())
-    return ends.hexdigest()
-
-
-END_BYTES = 64 * 1024
 
 
 def _key(*parts: object) -> str:

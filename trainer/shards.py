@@ -7,6 +7,7 @@ is. The shards are the same for any number of processes.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -98,6 +99,7 @@ def _begin(encoder: Encoder, part: Part | None, parent: int) -> None:
     global _job
     _job = (encoder, part)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.freeze()  # what was inherited is no garbage, and need not be looked through
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if os.getppid() != parent:
         os._exit(1)

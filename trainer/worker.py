@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from math import inf
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,7 @@ import torch
 from autotune.errands import ERRAND, Dry, Errand, Preprocess, Trace, Train
 from autotune.errors import MachineError, UserError
 from trainer.dry import take_dry_steps
+from trainer.fingerprints import Hashing
 from trainer.loop import train
 from trainer.memory import is_memory_error
 from trainer.trace import trace
@@ -86,13 +88,25 @@ def _do(errand: Errand, events: Events) -> None:
 def _train(errand: Train, events: Events) -> None:
     """Train until the end or a signal; each row goes to `metrics.jsonl` first, then to the supervisor."""
     stopped = _Stop()
+    hashing = Hashing([Path(store) for store in (errand.store, errand.validation_store) if store])
+    hashing.start()
     with (Path(errand.output_dir) / "metrics.jsonl").open("w", encoding="utf-8") as file:
-        for row in train(errand, stopped):
+        for row in _and_changes(train(errand, stopped), hashing):
             # JSON has no word for a loss that is not finite.
             row = {name: None if value != value or value in (inf, -inf) else value for name, value in row.items()}
             file.write(json.dumps(row, allow_nan=False) + "\n")
             file.flush()
             events.send("metrics", row=row)
+
+
+def _and_changes(rows: Iterator[dict[str, Any]], hashing: Hashing) -> Iterator[dict[str, Any]]:
+    """Yield rows, and before the next one an event for each data file that is not what was tokenized."""
+    step = 0
+    for row in rows:
+        while hashing.changed:
+            yield {"kind": "event", "event": "data_changed", "step": step, "file": hashing.changed.pop(0)}
+        step = row["step"]
+        yield row
 
 
 class _Stop:
