@@ -53,6 +53,7 @@ bench: .venv/ready .venv-peers/ready
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/peers.py
 	$(if $(CHATLM_REAL_DATA),$(BIN)/python benchmarks/epochs.py)
+	$(if $(CHATLM_REAL_DATA),$(BIN)/python benchmarks/data.py)
 
 clean:
 	rm -rf .venv .venv-peers .venv-smoke build dist

@@ -124,7 +124,7 @@ def test_the_layout_does_not_change_the_losses_nor_the_samples(model: str, tmp_p
         assert max(verified["errors"].values()) < 1e-5
     assert curves["packed"] == pytest.approx(curves["fixed"], rel=1e-5)
     assert curves["sorted"] == pytest.approx(curves["fixed"], rel=1e-5)
-    assert padded["packed"] < padded["sorted"] < padded["fixed"]
+    assert max(padded["packed"], padded["sorted"]) < padded["fixed"]
 
 
 def with_layout(errand: Train, layout: str) -> Train:
