@@ -18,7 +18,7 @@ from autotune.errors import ConfigurationError, DataError
 
 SUFFIXES = (".parquet", ".jsonl")
 ROLES = ("system", "user", "assistant")
-BLOCK_ROWS, BLOCK_BYTES = 1024, 2**20
+BLOCK_ROWS, BLOCK_BYTES = 256, 2**18
 """A block is read as one piece: so many rows at most, and of text hardly more bytes."""
 
 
