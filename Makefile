@@ -54,6 +54,7 @@ bench: .venv/ready .venv-peers/ready
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/train.py
 	$(if $(CHATLM_REAL_DATA),$(BIN)/python benchmarks/epochs.py)
+	$(if $(CHATLM_REAL_DATA),$(BIN)/python benchmarks/data.py)
 
 clean:
 	rm -rf .venv .venv-peers .venv-smoke build dist

@@ -60,6 +60,8 @@ class DataSummary(Fact):
     target_tokens: int
     lengths: tuple[tuple[tuple[int, int], ...], ...]
     """Histograms of (tokens, samples): of sequences (causal), or of sources and of targets (seq2seq)."""
+    longest_row: tuple[int, str]
+    """Tokens of the longest row before it was cut, and the file and line where it stands."""
     cuts: dict[str, int]
     """Rows that a rule cut, by rule: dropped_turns, prompt_cut, answer_cut, source_cut, target_cut, split."""
     unknown_share: float
@@ -90,11 +92,23 @@ class Preprocess(Fact):
     data: tuple[str, ...] | None
     """Files or folders; an empty tuple is the demo data, None no data."""
     validation: tuple[str, ...]
+    validation_split: Annotated[float, Field(gt=0, lt=1)] | None
+    """Share of the rows that is held out, by their content."""
     stage: Stage | None
     max_seq_len: PositiveInt
     max_target_len: PositiveInt
     limit: int | None
+    show: int
+    """Samples to show token by token."""
     cache_dir: str
+
+
+class ShownToken(Fact):
+    """A token as text, or several that are one character together."""
+
+    text: str
+    tokens: int
+    trained: bool
 
 
 class Preprocessed(Fact):
@@ -106,6 +120,8 @@ class Preprocessed(Fact):
     ids: TokenIds | None
     data: DataSummary | None
     validation: DataSummary | None
+    shown: tuple[tuple[ShownToken, ...], ...]
+    """The first samples."""
 
 
 class Trace(Fact):

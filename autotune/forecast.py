@@ -332,6 +332,12 @@ def step_shape(data: DataSummary, workload: Workload, batching: Batching) -> Ste
     return expected_shape(data.lengths, workload.layout, workload.limits, batching.micro_batch_size, share)
 
 
+def padding_share(data: DataSummary, layout: Layout, limits: tuple[int, ...], rows: int, share: int) -> float:
+    """Return the share of padding in what a rank computes on, in a step of so many samples of this data."""
+    padded_tokens = expected_shape(data.lengths, layout, limits, rows, share).padded_tokens
+    return max(0.0, 1 - data.tokens / data.samples * share / padded_tokens)
+
+
 def expect(batching: Batching, data: DataSummary | None, workload: Workload) -> Batching:
     """Return the batching with the micro-batches that a step is expected to take on this data."""
     if data is None:

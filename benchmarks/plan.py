@@ -42,7 +42,7 @@ from autotune.plan import Hardware, Plan, Request, Trial, Workload
 from autotune.planner import Planner
 from autotune.process import Worker
 from autotune.search import is_safe
-from trainer.data import order, write_store
+from trainer.data import Order, write_store
 from trainer.encode import Sample
 from trainer.microbatch import WorstCase
 from trainer.model import freeze, load_config
@@ -327,7 +327,7 @@ def train(plan: Plan, folder: Path, shares: tuple[float, ...]) -> int:
     """
     work, rows = plan.workload, plan.batching.micro_batch_size
     count = STEPS * 2 * rows
-    place = np.argsort(order(count, RECIPE.seed, 0))
+    place = np.argsort(Order(count, RECIPE.seed, 0)[:])
     stores: dict[str, list[float]] = {
         "train": [shares[int(at) // rows % len(shares)] for at in place],
         "validation": [1.0] * (2 * rows),

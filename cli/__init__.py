@@ -137,6 +137,27 @@ def train(
     )
 
 
+@chatlm.command(cls=SettingsCommand)
+@takes_settings
+@guarded
+def data(
+    given: dict[str, Any],
+    files: Annotated[
+        list[str] | None, typer.Argument(help="Parquet or jsonl files, or folders of such.", metavar="FILE...")
+    ] = None,
+    profile: Profile = None,
+    config: Config = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
+    show: Annotated[int, typer.Option("--show", min=0, help="Samples to print token by token.", metavar="N")] = 2,
+    show_config: ShowConfig = False,
+    debug: Debug = False,
+) -> None:
+    """Print how long the rows of data are, what is cut, padded and trained on, and the first samples by token."""
+    from cli.commands import data_command
+
+    data_command(files or [], given, profile, config, as_json=as_json, show=show, show_config=show_config)
+
+
 @chatlm.command()
 @guarded
 def profiles(debug: Debug = False) -> None:

@@ -18,7 +18,7 @@ from autotune import cache
 from autotune.account import check_room, set_budget
 from autotune.bottleneck import bottleneck
 from autotune.cards import find_rates
-from autotune.errands import Preprocessed, Train
+from autotune.errands import DataSummary, Preprocessed, Train
 from autotune.errors import ConfigurationError, NothingFitsError, UserError
 from autotune.estimate import estimate
 from autotune.evidence import alike
@@ -31,8 +31,9 @@ from autotune.process import Worker, WorkerCrashedError, ask
 from cli.options import as_arguments
 from cli.progress import RunProgress
 from cli.render.console import out, print_json, say, warn
+from cli.render.data import data_line, print_data, sides
 from cli.render.explain import print_account, print_trials, trial_line
-from cli.render.plan import batch_line, print_plan
+from cli.render.plan import batch_line, layout_line, print_plan
 from cli.render.settings import print_config
 from cli.render.units import count, duration, gib, number
 from cli.render.whatif import print_varied
@@ -47,6 +48,8 @@ from cli.wiring import (
     make_request,
     memory_wishes,
     notes,
+    padding_by_layout,
+    percentile,
     preprocess_errand,
     read_plan,
     run_folder,
@@ -124,6 +127,45 @@ def plan_command(
         print_account(plan.memory)
 
 
+def data_command(
+    files: list[str],
+    given: dict[str, Any],
+    profile: str | None,
+    config: str | None,
+    *,
+    as_json: bool,
+    show: int,
+    show_config: bool,
+) -> None:
+    """Tokenize data, or find it tokenized, and print what it holds."""
+    if files:
+        given = given | {"data": [*given.get("data", []), *files]}
+    resolved = resolve(given, config, profile)
+    if show_config:
+        print_config(resolved)
+        return
+    settings = resolved.settings
+    facts = _preprocess(settings, _read_hardware(settings).cores, demo=True, show=show)
+    data = facts.data
+    assert data is not None
+    padding = padding_by_layout(settings, facts)
+    if as_json:
+        held_out = facts.validation and _as_data(facts.validation)
+        tokens = [[token.model_dump() for token in sample] for sample in facts.shown]
+        print_json(json.dumps(_as_data(data) | {"padding": padding, "validation": held_out, "shown": tokens}))
+    else:
+        print_data(data, facts.validation, padding, facts.shown)
+
+
+def _as_data(data: DataSummary) -> dict[str, Any]:
+    """Return a summary with the percentiles that people look for."""
+    points = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+    lengths = {
+        side: {name: percentile(data, i, share) for name, share in points.items()} for i, side in enumerate(sides(data))
+    }
+    return data.model_dump(mode="json") | {"percentiles": lengths}
+
+
 def _what_if(
     given: dict[str, Any],
     profile: str | None,
@@ -137,7 +179,7 @@ def _what_if(
     resolved = resolve(given, config, profile)
     settings = resolved.settings
     hardware = imagined or _read_hardware(settings)
-    facts = _preprocess(longest_asked(settings, levers), hardware, demo=False)
+    facts = _preprocess(longest_asked(settings, levers), hardware.cores, demo=False)
     stage = Stage(given, profile, config, hardware, facts, gpu)
     scenes = stage.levers(levers) if levers else stage.profiles()
     measured, plan = None, None
@@ -184,6 +226,8 @@ def train_command(
     job = _planned(resolved, plan_file) if plan_file else _plan_job(resolved, remembering, auto=auto)
     make_folder(folder, job.facts.model, job.hardware)
     write_run(folder, resolved, job.settings, job.plan, job.evidence)
+    assert job.facts.data is not None
+    say(f"data: {data_line(job.facts.data)}; {layout_line(job.plan, job.facts.data)}")
     say(f"{batch_line(job.plan)}; run in {folder}")
     _train(job, folder)
 
@@ -212,7 +256,7 @@ def _planned(resolved: Resolved, plan_file: str) -> Job:
     hardware = _read_hardware(settings)
     limit, headroom = memory_wishes(settings)
     check_room(plan, set_budget(hardware, limit, headroom))
-    facts = _preprocess(settings, hardware, demo=True)
+    facts = _preprocess(settings, hardware.cores, demo=True)
     return Job(settings, facts, hardware, fit_plan(plan, facts), None)
 
 
@@ -220,7 +264,7 @@ def _decide(resolved: Resolved, remembering: Remembering, *, search: bool, demo:
     """Plan, telling of each trial; what can be refused without a worker is refused first."""
     hardware, settings = _read_hardware(resolved.settings), resolved.settings
     request = make_request(resolved, hardware.world_size, search=search, offline=remembering.offline)
-    facts = _preprocess(settings, hardware, demo=demo)
+    facts = _preprocess(settings, hardware.cores, demo=demo)
     inputs = make_inputs(settings, facts, hardware, request)
     key = (cache_dir(), inputs.workload, hardware, request)
     known = cache.recall(*key) if remembering.cache else None
@@ -248,7 +292,7 @@ def _estimate(resolved: Resolved, hardware: Hardware) -> tuple[Preprocessed, Pla
     """Plan for a card that is not here."""
     settings = resolved.settings
     request = make_request(resolved, hardware.world_size, search=True)
-    facts = _preprocess(settings, hardware, demo=False)
+    facts = _preprocess(settings, hardware.cores, demo=False)
     inputs = make_inputs(settings, facts, hardware, request)
     rates = find_rates(hardware.device_name, inputs.workload.precision)
     say("tracing the step, to know what would fit")
@@ -263,9 +307,9 @@ def _read_hardware(settings: Settings) -> Hardware:
     return hardware
 
 
-def _preprocess(settings: Settings, hardware: Hardware, *, demo: bool) -> Preprocessed:
+def _preprocess(settings: Settings, cores: int, *, demo: bool, show: int = 0) -> Preprocessed:
     answer: dict[str, Any] = {}
-    for event in ask(preprocess_errand(settings, demo=demo), hardware.cores):
+    for event in ask(preprocess_errand(settings, demo=demo, show=show), cores):
         if event["event"] == "progress":
             say(f"{event['doing']}: {count(event['rows'], 'row')}")
         elif event["event"] == "result":

@@ -108,6 +108,8 @@ class RunProgress:
                 self._task = self._bar.add_task("", total=self._total)
         elif row["event"] in ("verified", "unverified"):
             self._print(verified_line(row))
+        elif row["event"] == "data_changed":
+            self._print(f"{row['file']} has changed since it was tokenized: this run trains on what it was")
         elif row["event"] == "skipped_step":
             self.skipped += 1
         elif row["event"] == "sampled":

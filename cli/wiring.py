@@ -13,7 +13,7 @@ from typing import Any
 from autotune.batching import PADDING_MULTIPLE, balanced_cuts, largest_share
 from autotune.errands import DataSummary, ModelSummary, Preprocess, Preprocessed, Recipe
 from autotune.errors import ConfigurationError, MachineError, RunExistsError
-from autotune.forecast import expected_shape
+from autotune.forecast import padding_share
 from autotune.inputs import PlanInputs
 from autotune.plan import Batching, Hardware, Layout, LossHead, Plan, Precision, Request, Workload
 from profiles import Resolved, Settings, parse_bytes, parse_headroom
@@ -21,6 +21,7 @@ from profiles import Resolved, Settings, parse_bytes, parse_headroom
 WORTH_PACKING = 0.05
 """Share of padding below which plain rows are taken."""
 TOGETHER = 32
+"""Plain rows in a micro-batch, where padding is judged: so many are as long as a few of the longest."""
 BYTES_OF_LOGIT = 8
 """With its gradient, in fp32."""
 MUCH = 1 / 16
@@ -39,8 +40,16 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chatlm"
 
 
-def preprocess_errand(settings: Settings, *, demo: bool) -> Preprocess:
-    """Ask what the model and the data are; without data nothing is tokenized, unless the demo's is to be used."""
+def preprocess_errand(settings: Settings, *, demo: bool, show: int = 0) -> Preprocess:
+    """Ask what the model and the data are; without data nothing is tokenized, unless the demo's is to be used.
+
+    Raises ConfigurationError where validation data is both given and split off.
+    """
+    if settings.validation and settings.validation_split:
+        raise ConfigurationError(
+            f"--validation and --validation-split {settings.validation_split:g} both say what is not trained on",
+            "leave one of them out",
+        )
     return Preprocess(
         model=settings.model,
         tokenizer=settings.tokenizer,
@@ -48,10 +57,12 @@ def preprocess_errand(settings: Settings, *, demo: bool) -> Preprocess:
         freeze=settings.freeze,
         data=settings.data or (() if demo else None),
         validation=settings.validation,
+        validation_split=settings.validation_split,
         stage=settings.stage,
         max_seq_len=settings.max_seq_len,
         max_target_len=settings.max_target_len or settings.max_seq_len,
         limit=settings.limit,
+        show=show,
         cache_dir=str(cache_dir()),
     )
 
@@ -88,8 +99,10 @@ def choose_layout(settings: Settings, facts: Preprocessed, limits: tuple[int, ..
         )
     if settings.layout != "auto":
         return settings.layout
-    if facts.data is not None and _padding(facts.data, limits) < WORTH_PACKING:
-        return "fixed"
+    if facts.data is not None:
+        together = min(facts.data.samples, TOGETHER)
+        if padding_share(facts.data, "fixed", limits, together, together) < WORTH_PACKING:
+            return "fixed"
     return "packed" if packs else "sorted"
 
 
@@ -107,25 +120,28 @@ def choose_loss_head(settings: Settings, facts: Preprocessed, hardware: Hardware
     return "chunked" if facts.model.chunks and logits_bytes > limit * MUCH else "full"
 
 
-def _padding(data: DataSummary, limits: tuple[int, ...]) -> float:
-    """Return the share of padding in plain rows, at most: as many together as a few of the longest are among."""
-    together = min(data.samples, TOGETHER)
-    return (
-        1
-        - data.tokens
-        / data.samples
-        * together
-        / expected_shape(data.lengths, "fixed", limits, together, together).padded_tokens
-    )
+def padding_by_layout(settings: Settings, facts: Preprocessed) -> dict[Layout, float]:
+    """Return the share of padding that each layout would have, in steps of the effective batch on one rank."""
+    data, limits = facts.data, step_limits(settings, facts)
+    assert data is not None
+    share = min(data.samples, settings.effective_batch_size)
+    rows = min(share, settings.batch_size_per_gpu or share)
+    layouts: tuple[Layout, ...] = ("packed", "sorted", "fixed")
+    return {layout: padding_share(data, layout, limits, rows, share) for layout in layouts}
+
+
+def step_limits(settings: Settings, facts: Preprocessed) -> tuple[int, ...]:
+    """Return the longest row there can be, by side."""
+    source = _worst_case(settings.max_seq_len, facts, 0)
+    if facts.model.task == "causal":
+        return (source,)
+    return (source, _worst_case(settings.max_target_len or settings.max_seq_len, facts, 1))
 
 
 def make_workload(settings: Settings, facts: Preprocessed, hardware: Hardware) -> Workload:
     """Put together what decides a step's memory and numbers, at the worst case that the data or the limits allow."""
     model = facts.model
-    source = _worst_case(settings.max_seq_len, facts, 0)
-    limits: tuple[int, ...] = (source,)
-    if model.task == "seq2seq":
-        limits = (source, _worst_case(settings.max_target_len or settings.max_seq_len, facts, 1))
+    limits = step_limits(settings, facts)
     return Workload(
         model=settings.model,
         task=model.task,
@@ -133,7 +149,7 @@ def make_workload(settings: Settings, facts: Preprocessed, hardware: Hardware) -
         parameters=model.parameters,
         trainable_parameters=model.trainable_parameters,
         vocabulary_size=model.vocabulary_size,
-        max_seq_len=source,
+        max_seq_len=limits[0],
         max_target_len=limits[1] if model.task == "seq2seq" else 0,
         precision=choose_precision(settings.precision, model.family, hardware),
         optimizer=settings.optimizer,

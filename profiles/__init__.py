@@ -51,6 +51,12 @@ class Settings:
     validation: tuple[str, ...] = _setting(
         (), "Data", "The same, to evaluate on: each epoch, or --eval-every.", "FILE|DIR"
     )
+    validation_split: float | None = _setting(
+        None,
+        "Data",
+        "Hold out this share of the rows instead, such as 0.01: by content, so that no row is on both sides.",
+        "SHARE",
+    )
     stage: Literal["pretrain", "sft"] | None = _setting(
         None, "Data", "What is trained on: all, or answers; by the data's columns where not given."
     )
@@ -295,11 +301,14 @@ def _validated(values: Mapping[str, Any], origins: Mapping[str, str]) -> Setting
         value = getattr(settings, name)
         if value is not None and not 0 < value < float("inf"):
             raise ConfigurationError(f"{name} = {value} ({origins[name]}) must be above 0")
+    if settings.validation_split is not None and not 0 < settings.validation_split < 1:
+        origin = origins["validation_split"]
+        raise ConfigurationError(f"validation_split = {settings.validation_split} ({origin}) must be between 0 and 1")
     if settings.dropout is not None and not settings.dropout < 1:
         raise ConfigurationError(f"dropout = {settings.dropout} ({origins['dropout']}) must be below 1")
-    if settings.early_stopping is not None and not settings.validation:
+    if settings.early_stopping is not None and not (settings.validation or settings.validation_split):
         raise ConfigurationError(
             f"early_stopping = {settings.early_stopping} ({origins['early_stopping']}) needs data to evaluate on",
-            "give --validation FILE, or leave it out",
+            "give --validation FILE or --validation-split 0.01, or leave it out",
         )
     return settings

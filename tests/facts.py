@@ -291,6 +291,6 @@ def preprocessed(**changes: Any) -> Preprocessed:
     )
     facts: dict[str, Any] = {
         "model": model, "tokenizer_dir": None, "tokenizer_fingerprint": None, "ids": None, "data": None,
-        "validation": None,
+        "validation": None, "shown": (),
     }  # fmt: skip
     return Preprocessed(**facts | changes)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from autotune.batching import reach
 from autotune.errands import Preprocess, Train
-from trainer.data import TokenStore, order, write_store
+from trainer.data import Order, TokenStore, write_store
 from trainer.encode import Sample
 from trainer.loop import Best, train
 from trainer.preprocess import preprocess
@@ -31,10 +31,12 @@ def errand_of(tmp_path: Path, model: str = "tiny", **changes: Any) -> Train:
             freeze=(),
             data=(),
             validation=(),
+            validation_split=None,
             stage=None,
             max_seq_len=64,
             max_target_len=64,
             limit=40,
+            show=0,
             cache_dir=str(tmp_path / "cache"),
         ),
         lambda doing, rows: None,
@@ -125,7 +127,7 @@ def test_the_layout_does_not_change_the_losses_nor_the_samples(model: str, tmp_p
         assert max(verified["errors"].values()) < 1e-5
     assert curves["packed"] == pytest.approx(curves["fixed"], rel=1e-5)
     assert curves["sorted"] == pytest.approx(curves["fixed"], rel=1e-5)
-    assert padded["packed"] < padded["sorted"] < padded["fixed"]
+    assert max(padded["packed"], padded["sorted"]) < padded["fixed"]
 
 
 def with_layout(errand: Train, layout: str) -> Train:
@@ -216,7 +218,7 @@ def test_the_seconds_of_the_rows_come_to_those_of_the_loop(tmp_path: Path) -> No
 
 
 def test_epochs_differ_in_their_order() -> None:
-    assert order(40, 42, 0).tolist() != order(40, 42, 1).tolist()
+    assert Order(40, 42, 0)[:].tolist() != Order(40, 42, 1)[:].tolist()
 
 
 def kinds(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:

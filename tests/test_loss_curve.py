@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 from autotune.batching import reach
 from autotune.errands import Preprocess, Preprocessed, Recipe, Train
-from trainer.data import TokenStore, order
+from trainer.data import Order, TokenStore
 from trainer.loop import train
 from trainer.model import save_model
 from trainer.preprocess import preprocess
@@ -57,7 +57,7 @@ def plain_loop(model: Any, store: TokenStore, asked: Recipe) -> tuple[list[float
     model.train()
     for step in range(STEPS):
         epoch, place = divmod(step, a_epoch)
-        ids = order(len(store), asked.seed, epoch)[place * EFFECTIVE : (place + 1) * EFFECTIVE]
+        ids = Order(len(store), asked.seed, epoch)[place * EFFECTIVE : (place + 1) * EFFECTIVE]
         loss = model(**padded(store, ids, seq2seq=model.config.is_encoder_decoder)).loss
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), asked.clip).item())

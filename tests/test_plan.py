@@ -314,6 +314,7 @@ DATA = DataSummary(
     tokens=70,
     target_tokens=30,
     lengths=(((10, 3), (40, 1)), ((2, 1), (5, 3))),
+    longest_row=(90, "data.jsonl: line 3"),
     cuts={"answer_cut": 1},
     unknown_share=0.01,
 )
@@ -324,10 +325,12 @@ PREPROCESS = Preprocess(
     freeze=(),
     data=(),
     validation=(),
+    validation_split=None,
     stage=None,
     max_seq_len=512,
     max_target_len=128,
     limit=None,
+    show=0,
     cache_dir="/cache",
 )
 RECIPE = recipe(epochs=0.5, weight_decay=0.0, clip=0.0)

@@ -148,6 +148,7 @@ def data_of(samples: int) -> DataSummary:
         tokens=samples * 20,
         target_tokens=samples * 10,
         lengths=(((16, samples // 2), (24, samples - samples // 2)),),
+        longest_row=(24, "data.jsonl: line 1"),
         cuts={},
         unknown_share=0,
     )

@@ -5,9 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pyarrow.parquet as pq
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -74,6 +81,8 @@ def errand(tmp_path: Path, *data: Path, **changes: Any) -> Preprocess:
         "max_seq_len": 64,
         "max_target_len": 64,
         "limit": None,
+        "validation_split": None,
+        "show": 0,
         "cache_dir": str(tmp_path / "cache"),
     }
     return Preprocess(**(values | changes))
@@ -206,6 +215,37 @@ def test_validation_is_read_by_the_tokenizer_of_the_data(tmp_path: Path, data: P
     assert alone.validation is None
 
 
+def test_rows_are_held_out_by_content_so_that_no_duplicate_is_on_both_sides(real_data: Path, tmp_path: Path) -> None:
+    file = real_data / "chatlm_mini/my_train_dataset_3k.parquet"
+    rows = pq.read_table(file).to_pylist()
+    twice = write(tmp_path / "twice.jsonl", rows[::-1])
+    tokenizer = str(real_data / "minimind/tokenizer")
+    alone = errand(tmp_path, file, tokenizer=tokenizer, validation_split=0.1)
+    answers = [run(alone), run(errand(tmp_path, twice, file, tokenizer=tokenizer, validation_split=0.1))]
+    once, both = ([parts(answer.data), parts(answer.validation)] for answer in answers)
+    for training, validation in (once, both):
+        assert not training.keys() & validation.keys()
+    assert 0.07 < once[1].total() / 3000 < 0.13
+    assert once[0].total() + once[1].total() == 3000
+    assert {sample: 2 * count for sample, count in once[1].items()} == both[1], "wherever the rows stand"
+    few = run(alone.model_copy(update={"limit": 1000}))
+    assert 0 < len(parts(few.validation)) < len(once[1])
+    assert parts(few.validation) <= once[1], "whatever the limit"
+
+
+def parts(summary: Any) -> Counter[bytes]:
+    """The samples of a store, however often."""
+    store = TokenStore(Path(summary.store))
+    assert summary.rows == summary.samples == len(store)
+    return Counter(store.tokens(i).tobytes() for i in range(len(store)))
+
+
+@pytest.mark.parametrize(("share", "side"), [(1e-9, "is held out"), (1 - 1e-9, "is left to train on")])
+def test_a_share_that_leaves_a_side_empty_is_an_error(tmp_path: Path, data: Path, share: float, side: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"none of the 20 rows {side}"):
+        run(errand(tmp_path, data, validation_split=share))
+
+
 def test_what_a_rule_cuts_is_counted(tmp_path: Path, tokenizer_dir: Path) -> None:
     long = write(tmp_path / "long.jsonl", [*pairs(0, 3), {"prompt": "q", "response": "long " * 99}])
     summary = facts(run(errand(tmp_path, long, tokenizer=str(tokenizer_dir))))
@@ -252,16 +292,68 @@ def test_a_bad_row_leaves_nothing_half_written(tmp_path: Path, tokenizer_dir: Pa
     assert facts(run(asked)).rows == 600
 
 
-def test_a_stop_leaves_nothing_half_written(tmp_path: Path, tokenizer_dir: Path) -> None:
-    """Whoever listens may raise, as a signal's handler does."""
-    data = write(tmp_path / "data.jsonl", pairs(0, 20_000))
+KILLED = """
+import sys, time
+from autotune.errands import ERRAND
+from trainer import preprocess, shards
 
-    def stop(doing: str, rows: int) -> None:
-        raise KeyboardInterrupt
+preprocess.SAVE_SECONDS = 0.0
+shards.SMALL_BYTES = 0
+make = shards.make_shard
 
-    with pytest.raises(KeyboardInterrupt):
-        preprocess(errand(tmp_path, data, tokenizer=str(tokenizer_dir)), stop)
-    assert left_behind(tmp_path) == []
+def slow(*arguments):
+    time.sleep(0.05)
+    return make(*arguments)
+
+shards.make_shard = slow
+preprocess.preprocess(ERRAND.validate_json(sys.argv[1]), lambda doing, rows: print(rows, flush=True))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is one process")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_was_tokenized_before_a_kill_is_not_tokenized_again(
+    tmp_path: Path, tokenizer_dir: Path, processes: int
+) -> None:
+    rows = write(tmp_path / "data.jsonl", pairs(0, 12_000))
+    asked = errand(tmp_path, rows, tokenizer=str(tokenizer_dir))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(processes)}
+    command = [sys.executable, "-c", KILLED, asked.model_dump_json()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if int(line) >= 3000:
+                break
+        family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children())]
+        assert len(family) == (1 if processes == 1 else 1 + processes)
+        process.send_signal(signal.SIGKILL)
+    for _ in range(100):
+        if not any(map(psutil.pid_exists, family)):
+            break
+        time.sleep(0.05)
+    assert not any(map(psutil.pid_exists, family)), "no process outlives the one that was killed"
+    told: list[tuple[str, int]] = []
+    summary = facts(preprocess(asked, lambda doing, rows: told.append((doing, rows))))
+    assert told[0][0] == "tokenizing, from where it was left"
+    assert 3000 <= told[0][1] < 12_000
+    whole = facts(run(errand(tmp_path, rows, tokenizer=str(tokenizer_dir), cache_dir=str(tmp_path / "other"))))
+    assert summary.model_copy(update={"store": whole.store}) == whole
+    for name in ("tokens", "offsets", "spans", "span_offsets"):
+        assert Path(summary.store, name).read_bytes() == Path(whole.store, name).read_bytes()
+    assert not [path for path in left_behind(tmp_path) if Path(path).name.startswith(".")]
+
+
+def test_two_that_tokenize_the_same_do_it_once(tmp_path: Path, tokenizer_dir: Path) -> None:
+    asked = errand(tmp_path, write(tmp_path / "data.jsonl", pairs(0, 9000)), tokenizer=str(tokenizer_dir))
+    command = [sys.executable, "-c", KILLED, asked.model_dump_json()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        first.stdout.readline()
+        told: list[str] = []
+        summary = facts(preprocess(asked, lambda doing, rows: told.append(doing)))
+        first.stdout.read()
+    assert told == ["waiting for another process that tokenizes the same"]
+    assert (first.returncode, summary.rows) == (0, 9000)
 
 
 def test_a_folder_without_its_summary_is_made_anew(tmp_path: Path, data: Path) -> None:

@@ -27,10 +27,12 @@ def errand(tmp_path: Path, model: str = "tiny", data: tuple[str, ...] | None = N
         freeze=(),
         data=data,
         validation=(),
+        validation_split=None,
         stage=None,
         max_seq_len=64,
         max_target_len=64,
         limit=None,
+        show=0,
         cache_dir=str(tmp_path),
     )
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from autotune.errors import DataError
-from trainer.records import Record, Turn, demo_files, demo_records, find_files, read_records
+from trainer.records import Record, Turn, demo_files, demo_records, find_files, parse, read_blocks, read_records
 
 Row = dict[str, Any]
 
@@ -330,3 +330,19 @@ def test_a_file_that_went_away_is_an_error_with_its_name(tmp_path: Path) -> None
     for name in ("gone.jsonl", "gone.parquet"):
         with pytest.raises(DataError, match=rf"{name}: .*No such file"):
             list(read_records([tmp_path / name]))
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("skip", "limit"), [(0, 3000), (1, 2999), (1023, 1500), (1024, None), (1500, 2050), (3000, None)]
+)
+def test_rows_from_any_on_are_those_of_the_whole_with_their_places(
+    tmp_path: Path, ending: str, skip: int, limit: int | None
+) -> None:
+    file = write(tmp_path / f"x{ending}", [{"text": str(i)} for i in range(3000)])
+    if ending == ".jsonl":  # each row after a blank line
+        file.write_bytes(b"\n" + file.read_bytes().replace(b"\n", b"\n\n"))
+    rows = [record for block in read_blocks([file], limit, skip) for record in parse(block)]
+    step, word = (2, "line") if ending == ".jsonl" else (1, "row")
+    numbers = range(3000)[skip:limit]
+    assert [(r.text, r.place) for r in rows] == [(str(i), f"{file}: {word} {step * (i + 1)}") for i in numbers]

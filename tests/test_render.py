@@ -6,9 +6,12 @@ import re
 
 import facts
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from autotune.levers import Varied
 from autotune.plan import Alternative, CardProcess
+from cli.render.data import histogram_bars
 from cli.render.plan import others_line, print_plan
 from cli.render.whatif import print_varied
 
@@ -88,3 +91,13 @@ def test_a_plan_says_what_it_rests_on_and_marks_what_was_not_measured(
         kind
     ] in out
     assert "about 5,632 MiB of 20,480 MiB" in out, "half a gibibyte is others', 5 GiB will be ours"
+
+
+@given(st.dictionaries(st.integers(1, 3000), st.integers(1, 10**6), min_size=1))
+def test_the_bars_of_a_histogram_hold_each_sample_once(samples: dict[int, int]) -> None:
+    bars = histogram_bars(sorted(samples.items()))
+    assert len(bars) <= 10
+    assert [low for low, _, _ in bars] == [1, *(high + 1 for _, high, _ in bars[:-1])]
+    for low, high, inside in bars:
+        assert inside == sum(count for length, count in samples.items() if low <= length <= high)
+    assert bars[-1][0] <= max(samples) <= bars[-1][1]

@@ -180,6 +180,7 @@ def test_documents_that_fill_their_rows_are_not_packed(short: int, layout: str) 
     data = DataSummary(
         files=("a.jsonl",), store="store", fingerprint="data", stage="pretrain", rows=100, samples=100,
         tokens=512 * (100 - short) + 64 * short, target_tokens=100, cuts={}, unknown_share=0.0,
+        longest_row=(512, "data.jsonl: line 1"),
         lengths=(((64, short), (512, 100 - short))[not short:],),
     )  # fmt: skip
     assert choose_layout(Settings(), known(packs=True, window=None, data=data), (512,)) == layout

@@ -14,7 +14,7 @@ import torch
 
 from autotune.errands import DRY_LENGTHS, DRY_MICRO_BATCHES, EXPLORING_LENGTHS, Dry, DryReport
 from autotune.plan import Layout, Timed, Timing
-from trainer.data import TokenStore, order
+from trainer.data import Order, TokenStore
 from trainer.evaluate import totals
 from trainer.memory import PeakMeter, is_memory_error, prepare_heap, trim_heap
 from trainer.microbatch import SpecialTokens, WorstCase, collate, cut, lay_out, padded_size, target_count
@@ -130,11 +130,11 @@ def _time(
     ways = [(own, excerpt.sizes[0])] + [(layout, excerpt.sizes[0]) for layout in excerpt.layouts]
     ways = [(layout, rows) for layout, rows in ways if layout not in inexact]
     ways += [(own, rows) for rows in excerpt.sizes[1:] if own not in inexact]
-    beginning = order(len(store), excerpt.seed, 0)
-    samples = _timed_samples(errand, store, beginning, seconds_per_token)
+    beginning = Order(len(store), excerpt.seed, 0)
+    samples = _timed_samples(errand, store, beginning[:BEGINNING_SAMPLES], seconds_per_token)
     taken: dict[tuple[Layout, int], list[tuple[int, float]]] = {}
     began = time.perf_counter()
-    for ids in np.resize(beginning, REPEATS * samples).reshape(REPEATS, samples):
+    for ids in np.resize(beginning[: REPEATS * samples], REPEATS * samples).reshape(REPEATS, samples):
         for way in list(taken) or ways:
             if errand.workload.compile == "on" and way not in taken:
                 _run(state, errand, ids, *way, store)  # makes the kernels that are missing
@@ -165,7 +165,7 @@ def _timed_samples(errand: Dry, store: TokenStore, beginning: Any, seconds_per_t
     """Say how many samples tell the speed of a run: whole micro-batches, if they take little, of a step's share."""
     assert errand.excerpt is not None
     rows, workload = errand.micro_batch_size, errand.workload
-    tokens = float(np.mean([len(store.tokens(i)) for i in beginning[:BEGINNING_SAMPLES]]))
+    tokens = float(np.mean([len(store.tokens(i)) for i in beginning]))
     whole = rows * ceil(TIMED_SAMPLES / rows)
     if workload.layout == "packed":
         whole = max(whole, ceil(rows * workload.tokens_per_row / tokens))
@@ -189,7 +189,7 @@ def _expected_peak(state: TrainState, errand: Dry, store: TokenStore, meter: Pea
     workload, share = errand.workload, errand.excerpt.share
     if errand.device == "cpu" and workload.cpu_allocator == "fast":
         return worst_case  # such a heap comes to it, and keeps it
-    beginning = order(len(store), errand.excerpt.seed, 0)[:BEGINNING_SAMPLES].tolist()
+    beginning = Order(len(store), errand.excerpt.seed, 0)[:BEGINNING_SAMPLES].tolist()
     batches = [
         batch
         for first in range(0, len(beginning), share)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import cache
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from autotune.errors import ConfigurationError, DataError
 from autotune.plan import Stage, Task
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 BATCH = 512
 """Records that are tokenized together; the tokenizer spreads them over the cores."""
+FRAME = 8
+"""Characters that a template puts around a turn, about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,8 @@ class Encoder:
     max_seq_len: int
     max_target_len: int
     cuts: Counter[str] = field(default_factory=Counter)
+    longest: tuple[int, str] = (0, "")
+    """Tokens and place of the longest record, before it was cut."""
 
     def __post_init__(self) -> None:
         """Raise ConfigurationError for a tokenizer that cannot end a text."""
@@ -68,6 +74,7 @@ class Encoder:
                 "the tokenizer has no end token (eos_token), so a model would never stop",
                 "set eos_token in its tokenizer_config.json, or leave --tokenizer out to train one",
             )
+        self._given = {"tools": None, "documents": None, **self.tokenizer.special_tokens_map}
         special = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         self._end = re.compile(r"\s*(?:" + "|".join(map(re.escape, special)) + ")")
 
@@ -98,9 +105,11 @@ class Encoder:
             ids = self._tokenize([self._template(Record(f"the prompt {text!r}", turns), turns, prompt=True)])[0].ids
         return ids[-(self.max_seq_len - self.max_seq_len // 4) :] or [end]
 
-    def _tokenize(self, texts: Sequence[str]) -> list[Any]:
-        """Return tokenizers' encodings (`ids`, `offsets`), without added special tokens."""
-        encodings: list[Any] = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    def _tokenize(self, texts: Sequence[str], *, places: bool = False) -> list[Any]:
+        """Return tokenizers' encodings, without added special tokens; places in the text only where they are needed."""
+        backend = self.tokenizer.backend_tokenizer
+        encode = backend.encode_batch if places else backend.encode_batch_fast
+        encodings: list[Any] = encode(texts, add_special_tokens=False)
         return encodings
 
     def _pairs(self, records: Sequence[Record]) -> Iterator[Sample]:
@@ -108,8 +117,9 @@ class Encoder:
         sources = self._tokenize(["\n".join(t.content for t in turns[:-1]) for turns in exchanges])
         targets = self._tokenize([turns[-1].content for turns in exchanges])
         end = self.tokenizer.eos_token_id
-        for source, target in zip(sources, targets, strict=True):
+        for record, source, target in zip(records, sources, targets, strict=True):
             source_ids, target_ids = [*source.ids, end], [*target.ids, end]
+            self._see(record, len(source_ids) + len(target_ids))
             if len(source_ids) > self.max_seq_len:
                 self.cuts["source_cut"] += 1
                 source_ids = [*source_ids[: self.max_seq_len - 1], end]
@@ -124,6 +134,7 @@ class Encoder:
         head = [begin] if begin is not None and begin != end else []
         for record, encoding in zip(records, self._tokenize(texts), strict=True):
             ids = [*head, *encoding.ids, end] if record.text is not None else encoding.ids
+            self._see(record, len(ids))
             self.cuts["split"] += len(ids) > self.max_seq_len
             # Pieces overlap by one token, so that each token is predicted once.
             for start in range(0, max(len(ids) - 1, 1), self.max_seq_len - 1):
@@ -133,24 +144,43 @@ class Encoder:
 
     def _conversations(self, records: Sequence[Record]) -> Iterator[Sample]:
         exchanges = [_answered(record) for record in records]
-        rendered = [self._render(*pair) for pair in zip(records, exchanges, strict=True)]
-        encodings = self._tokenize([text for text, _ in rendered])
-        for record, turns, (_, spans), encoding in zip(records, exchanges, rendered, encodings, strict=True):
-            sample = _locate(encoding, spans)
-            yield sample if len(sample.tokens) <= self.max_seq_len else self._shorten(record, turns, sample)
+        texts = [self._template(*pair, prompt=False) for pair in zip(records, exchanges, strict=True)]
+        encodings = self._tokenize(texts, places=True)
+        for record, turns, text, encoding in zip(records, exchanges, texts, encodings, strict=True):
+            self._see(record, len(encoding))
+            if len(encoding) <= self.max_seq_len:
+                yield self._sample(record, turns, text, encoding)
+            else:
+                yield self._cut(self._sample(record, *self._drop_oldest(record, turns, text, encoding)))
 
-    def _shorten(self, record: Record, turns: Sequence[Turn], sample: Sample) -> Sample:
-        """Drop whole oldest exchanges; then cut the prompt's left, to a quarter of the limit; then the answer's end."""
+    def _see(self, record: Record, tokens: int) -> None:
+        if tokens > self.longest[0]:
+            self.longest = (tokens, record.place)
 
-        def encode(turns: Sequence[Turn]) -> Sample:
-            text, spans = self._render(record, turns)
-            return _locate(self._tokenize([text])[0], spans)
+    def _drop_oldest(
+        self, record: Record, turns: Sequence[Turn], text: str, encoding: Any
+    ) -> tuple[Sequence[Turn], str, Any]:
+        """Drop as few whole oldest exchanges as make the others fit, or all but the last."""
+        shorter = _without_oldest(turns)
+        if not shorter:
+            return turns, text, encoding
+        self.cuts["dropped_turns"] += 1
 
-        if shorter := _without_oldest(turns):
-            self.cuts["dropped_turns"] += 1
-            # Halving: one at a time takes a minute for 400 conversations of up to 318 turns.
-            fits = bisect_left(shorter, True, key=lambda turns: len(encode(turns).tokens) <= self.max_seq_len)
-            sample = encode(shorter[min(fits, len(shorter) - 1)])
+        @cache
+        def tokenized(i: int) -> tuple[str, Any]:
+            text = self._template(record, shorter[i], prompt=False)
+            return text, self._tokenize([text], places=True)[0]
+
+        # A text is about as many tokens as its share of the characters: so a few are tokenized, and those are short.
+        room = sum(len(turn.content) + FRAME for turn in turns) * self.max_seq_len / len(encoding)
+        sizes = [*accumulate(len(turn.content) + FRAME for turn in reversed(turns))]
+        guess = bisect_left(shorter, True, key=lambda turns: sizes[len(turns) - 1] <= room)
+        last = len(shorter) - 1
+        i = _first(last, min(guess, last), lambda i: len(tokenized(i)[1]) <= self.max_seq_len)
+        return shorter[i], *tokenized(i)
+
+    def _cut(self, sample: Sample) -> Sample:
+        """Cut the prompt's left, to a quarter of the limit; then the last answer's end."""
         if len(sample.tokens) <= self.max_seq_len:
             return sample
         start, end = sample.spans[-1]
@@ -161,9 +191,8 @@ class Encoder:
         end = min(end, cut + self.max_seq_len)
         return Sample(sample.tokens[cut:end], [(start - cut, end - cut)])
 
-    def _render(self, record: Record, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
-        """Render by the chat template, and find each answer with its end token in the text, by characters."""
-        text = self._template(record, turns, prompt=False)
+    def _sample(self, record: Record, turns: Sequence[Turn], text: str, encoding: Any) -> Sample:
+        """Find each answer with its end token: in the text by the template, in the tokens by their characters."""
         spans = []
         for i, turn in enumerate(turns):
             if turn.role != "assistant":
@@ -179,18 +208,26 @@ class Encoder:
                 )
             after = at + len(content)
             ending = self._end.match(text, after)
-            spans.append((len(before), ending.end() if ending else after))
-        return text, spans
+            spans.append((_token_at(encoding, len(before)), _token_at(encoding, ending.end() if ending else after)))
+        return Sample(encoding.ids, spans)
 
     def _template(self, record: Record, turns: Sequence[Turn], *, prompt: bool) -> str:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
-            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            template = _compiled(self.tokenizer.get_chat_template())
+            return str(template.render(messages=messages, add_generation_prompt=prompt, **self._given))
         except (jinja2.TemplateError, IndexError, ValueError) as error:
             raise DataError(
                 f"{record.place}: the tokenizer's chat template refuses this conversation: {error}"
             ) from None
-        return str(rendered)
+
+
+@cache
+def _compiled(template: str) -> jinja2.Template:
+    """Return what `apply_chat_template` renders by, without what takes it three times as long."""
+    compiled: jinja2.Template = _compile_jinja_template(template)
+    compiled.globals = dict(compiled.globals)  # which each rendering copies: a chain of maps goes key by key
+    return compiled
 
 
 def _answered(record: Record) -> tuple[Turn, ...]:
@@ -213,8 +250,25 @@ def _without_oldest(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
     return [(*turns[:system], *turns[i:]) for i in later if turns[i].role == "user"]
 
 
-def _locate(encoding: Any, spans: Sequence[tuple[int, int]]) -> Sample:
-    """Turn spans of characters into spans of tokens; the first token has nothing before it to be predicted from."""
-    starts = [start for start, _ in encoding.offsets]
-    places = [max(1, bisect_left(starts, place)) for span in spans for place in span]
-    return Sample(encoding.ids, list(zip(places[::2], places[1::2], strict=True)))
+def _token_at(encoding: Any, place: int) -> int:
+    """Return the first token that begins at this character or later, never the very first: nothing predicts that."""
+    return max(1, bisect_left(range(len(encoding)), place, key=lambda i: encoding.token_to_chars(i)[0]))
+
+
+def _first(last: int, guess: int, holds: Callable[[int], bool]) -> int:
+    """Return the first of 0 ... last for which it holds, as it then does for all that follow; last where none does.
+
+    Looks near the guess, then twice as far, and so on.
+    """
+    low, high, step = 0, last, 1
+    if holds(guess):
+        high = guess
+        while (i := high - step) >= 0 and holds(i):
+            high, step = i, 2 * step
+        low = max(0, high - step + 1)
+    else:
+        low = min(guess + 1, last)
+        while (i := low + step - 1) < last and not holds(i):
+            low, step = i + 1, 2 * step
+        high = min(last, low + step - 1)
+    return low + bisect_left(range(low, high), True, key=holds)

@@ -20,7 +20,7 @@ from torch import Tensor
 from autotune.errands import Train
 from autotune.plan import Workload
 from trainer.compiled import eagerly
-from trainer.data import TokenStore, order
+from trainer.data import Order, TokenStore
 from trainer.encode import Encoder
 from trainer.generate import Generator, room_to_generate
 from trainer.loss import loss_and_right
@@ -99,7 +99,7 @@ class Evaluator:
         self._fixed += [question(asked, i, self._workload) for i in range(min(errand.recipe.samples, len(asked)))]
         self._scored: list[Question] = []
         if self.validation and (self._workload.task == "seq2seq" or self._workload.stage == "sft"):
-            rows = order(len(self.validation), errand.recipe.seed, 0)[: errand.recipe.bleu_rows]
+            rows = Order(len(self.validation), errand.recipe.seed, 0)[: errand.recipe.bleu_rows]
             self._scored = [question(self.validation, i, self._workload) for i in sorted(rows.tolist())]
         self._generator = None
         if self._fixed or self._scored:

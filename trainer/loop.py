@@ -14,7 +14,7 @@ import torch
 from autotune.batching import share_of
 from autotune.errands import Train
 from autotune.plan import Layout, Plan
-from trainer.data import TokenStore, order
+from trainer.data import Order, TokenStore
 from trainer.evaluate import Evaluator, Metrics, special_tokens
 from trainer.memory import PeakMeter, prepare_heap
 from trainer.microbatch import lay_out, target_count
@@ -165,7 +165,7 @@ def _steps(
     every = recipe.eval_every or (math.ceil(len(store) / effective) if evaluator.validation else total_steps)
     epoch, waits, unread = 0, state.loss_scale.device.type == "cpu", None
     while state.step < total_steps:
-        permutation = order(len(store), recipe.seed, epoch)
+        permutation = Order(len(store), recipe.seed, epoch)
         for first in range(0, len(store), effective):
             taken = _one_step(errand, state, store, permutation[first : first + effective], total_steps, meter, epoch)
             if unread is not None:

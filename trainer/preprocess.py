@@ -7,27 +7,33 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import contextmanager, suppress
+from dataclasses import astuple
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from filelock import FileLock, Timeout
 
-from autotune.errands import DataSummary, ModelSummary, Preprocess, Preprocessed, TokenIds
-from autotune.errors import ConfigurationError, MachineError
+from autotune.errands import DataSummary, ModelSummary, Preprocess, Preprocessed, ShownToken, TokenIds
+from autotune.errors import ConfigurationError, MachineError, UserError
 from autotune.plan import Stage
-from trainer.data import TokenStore, write_store
+from trainer.data import StoreFacts, StoreWriter, TokenStore
 from trainer.encode import Encoder, end_ids
+from trainer.fingerprints import keep_stamps, stamps
 from trainer.model import PRESETS, summarise
-from trainer.records import Record, demo_files, demo_records, find_files, read_records
+from trainer.records import Block, Record, demo_files, demo_records, find_files, parse, read_blocks
+from trainer.shards import Part, append, make_shards, useful_processes
 from trainer.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = "1"
+FORMAT = "2"
 """Changes when a store written by an older version would be read or cut in another way."""
+SUMMARY = "summary.json"
+SAVE_SECONDS = 1.0
 
 Report = Callable[[str, int], None]
 """Told what is being done and how many rows are done."""
@@ -37,16 +43,18 @@ def preprocess(errand: Preprocess, report: Report) -> Preprocessed:
     """Tokenize the data, or find it tokenized; count the model's parameters at the tokenizer's vocabulary."""
     if errand.data is None:
         return _without_data(errand)
-    source = Source(errand)
+    source = Source(errand.data, errand.limit)
     tokenizer = load_tokenizer(str(_tokenizer_folder(errand, source, report)))
     model = summarise(errand.model, len(tokenizer), errand.dropout, errand.freeze)
     _check_length(errand, model)
     stage = errand.stage or source.stage()
-    data = _store(errand, source.files, source.read, model, stage, tokenizer, report)
-    validation = None
-    if errand.validation:
-        files = find_files(errand.validation)
-        validation = _store(errand, files, lambda: read_records(files), model, stage, tokenizer, report)
+    encoder = Encoder(tokenizer, model.task, stage, errand.max_seq_len, errand.max_target_len)
+    share, validation = errand.validation_split, None
+    data = _store(errand, source, Part(share, held_out=False) if share else None, encoder, report)
+    if share:
+        validation = _store(errand, source, Part(share, held_out=True), encoder, report)
+    elif errand.validation:
+        validation = _store(errand, Source(errand.validation, None), None, encoder, report)
     return Preprocessed(
         model=model,
         tokenizer_dir=str(_save_as_used(tokenizer, errand)),
@@ -54,6 +62,7 @@ def preprocess(errand: Preprocess, report: Report) -> Preprocessed:
         ids=TokenIds(pad=tokenizer.pad_token_id, eos=end_ids(tokenizer, model.task, stage), bos=tokenizer.bos_token_id),
         data=data,
         validation=validation,
+        shown=tuple(_shown(TokenStore(Path(data.store)), tokenizer, errand.show)),
     )
 
 
@@ -72,23 +81,28 @@ def _without_data(errand: Preprocess) -> Preprocessed:
     model = summarise(errand.model, size, errand.dropout, errand.freeze)
     _check_length(errand, model)
     return Preprocessed(
-        model=model, tokenizer_dir=None, tokenizer_fingerprint=None, ids=None, data=None, validation=None
+        model=model, tokenizer_dir=None, tokenizer_fingerprint=None, ids=None, data=None, validation=None, shown=()
     )
 
 
 class Source:
-    """The rows of the files that an errand names, or of the demo data."""
+    """The rows of files and folders, up to a limit; of the demo data where none are named."""
 
-    def __init__(self, errand: Preprocess) -> None:
-        self._limit = errand.limit
-        self._demo = errand.data == ()
-        self.files = demo_files() if self._demo else find_files(errand.data or ())
+    def __init__(self, paths: Sequence[str], limit: int | None) -> None:
+        self.limit = limit
+        self._demo = not paths
+        self.files = find_files(paths) if paths else demo_files()
+
+    def blocks(self, skip: int = 0) -> Iterator[Block]:
+        """Read blocks of rows, without the first so many."""
+        if self._demo:
+            records = tuple(islice(demo_records(self.files), self.limit))[skip:]
+            return iter([Block(self.files[0].parent, skip + 1, len(records), records)] if records else [])
+        return read_blocks(self.files, self.limit, skip)
 
     def read(self) -> Iterator[Record]:
-        """Read from the first row on, up to the errand's limit."""
-        if self._demo:
-            return islice(demo_records(self.files), self._limit)
-        return read_records(self.files, self._limit)
+        """Read from the first row on."""
+        return chain.from_iterable(map(parse, self.blocks()))
 
     def stage(self) -> Stage:
         """Tell by the first row: documents are pretrained on, conversations fine-tuned on."""
@@ -105,7 +119,7 @@ def _tokenizer_folder(errand: Preprocess, source: Source, report: Report) -> Pat
             raise ConfigurationError(f"{errand.model}: a model without a tokenizer.json", "give --tokenizer DIR")
         return Path(errand.model)
     size = summarise(errand.model, None, None).vocabulary_size
-    key = _key("tokenizer", *_stamps(source.files), size, errand.limit)
+    key = _key("tokenizer", *stamps(source.files), size, errand.limit)
     folder = Path(errand.cache_dir) / "tokenizers" / key
     if not (folder / "tokenizer.json").exists():
         with _whole(folder) as partial:
@@ -122,42 +136,107 @@ def _save_as_used(tokenizer: PreTrainedTokenizerFast, errand: Preprocess) -> Pat
     return folder
 
 
-def _store(
-    errand: Preprocess,
-    files: Sequence[Path],
-    read: Callable[[], Iterator[Record]],
-    model: ModelSummary,
-    stage: Stage,
-    tokenizer: PreTrainedTokenizerFast,
-    report: Report,
-) -> DataSummary:
-    limits = (errand.max_seq_len, errand.max_target_len)
-    key = _key(*_stamps(files), fingerprint(tokenizer), model.task, stage, *limits, errand.limit)
+def _store(errand: Preprocess, source: Source, part: Part | None, encoder: Encoder, report: Report) -> DataSummary:
+    """Return what a store holds: one that was made before, or one that is made, from where it was left."""
+    limits = (encoder.max_seq_len, encoder.max_target_len)
+    rules = (encoder.task, encoder.stage, *limits, source.limit, *(astuple(part) if part else ()))
+    states = [*stamps(source.files)]
+    key = _key(*states, fingerprint(encoder.tokenizer), *rules)
     folder = Path(errand.cache_dir) / "tokens" / key
-    summary = folder / "summary.json"
-    if summary.exists():
-        kept = DataSummary.model_validate_json(summary.read_text(encoding="utf-8"))
-        return kept.model_copy(update={"store": str(folder)})  # the cache may have been moved
-    encoder = Encoder(tokenizer, model.task, stage, *limits)
-    rows = Counted(read(), "tokenizing", report)
-    shutil.rmtree(folder, ignore_errors=True)  # without a summary it is none of ours, or damaged
-    with _whole(folder) as partial:
-        facts = write_store(encoder.encode(rows), partial, model.task, len(tokenizer))
-        data = DataSummary(
-            files=tuple(map(str, files)),
-            store=str(folder),
-            fingerprint=key,
-            stage=stage,
-            rows=rows.count,
-            samples=facts.samples,
-            tokens=facts.tokens,
-            target_tokens=facts.target_tokens,
-            lengths=facts.lengths,
-            cuts={name: count for name, count in encoder.cuts.items() if count},
-            unknown_share=_unknown_share(TokenStore(partial), tokenizer.unk_token_id),
-        )
-        (partial / "summary.json").write_text(data.model_dump_json(), encoding="utf-8")
-    return data
+    with _alone(folder, report) as partial:
+        if not (folder / SUMMARY).exists():
+            shutil.rmtree(folder, ignore_errors=True)  # without a summary it is none of ours, or damaged
+            facts = _write(source, part, encoder, partial, report)
+            data = DataSummary(
+                files=tuple(map(str, source.files)),
+                store=str(folder),
+                fingerprint=key,
+                stage=encoder.stage,
+                rows=facts.rows,
+                samples=facts.samples,
+                tokens=facts.tokens,
+                target_tokens=facts.target_tokens,
+                lengths=facts.lengths,
+                longest_row=facts.longest,
+                cuts={name: count for name, count in facts.cuts.items() if count},
+                unknown_share=_unknown_share(TokenStore(partial), encoder.tokenizer.unk_token_id),
+            )
+            keep_stamps(source.files, states, partial)
+            (partial / SUMMARY).write_text(data.model_dump_json(), encoding="utf-8")
+            partial.rename(folder)
+    kept = DataSummary.model_validate_json((folder / SUMMARY).read_text(encoding="utf-8"))
+    return kept.model_copy(update={"store": str(folder)})  # the cache may have been moved
+
+
+def _write(source: Source, part: Part | None, encoder: Encoder, folder: Path, report: Report) -> StoreFacts:
+    """Tokenize what is not yet in the folder, and save about once a second how far it came."""
+    processes = useful_processes(sum(file.stat().st_size for file in source.files))
+    with StoreWriter(folder, encoder.task) as writer:
+        saved = time.monotonic()
+        if writer.facts.rows_read:
+            report("tokenizing, from where it was left", writer.facts.rows_read)
+        for shard in make_shards(encoder, part, source.blocks(writer.facts.rows_read), processes):
+            append(writer, shard)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                writer.save()
+                report("tokenizing", writer.facts.rows_read)
+                saved = time.monotonic()
+        if part is not None and not writer.facts.rows:
+            raise _empty_part(part, writer.facts.rows_read)
+        writer.finish()
+    return writer.facts
+
+
+def _empty_part(part: Part, rows: int) -> ConfigurationError:
+    where = "is held out" if part.held_out else "is left to train on"
+    return ConfigurationError(
+        f"with --validation-split {part.share:g} none of the {rows:,} rows {where}",
+        "give another share, or a file of its own: --validation FILE",
+    )
+
+
+@contextmanager
+def _alone(folder: Path, report: Report) -> Iterator[Path]:
+    """Give a hidden folder to write to, to one process at a time; it is kept where it was left, but not bad data."""
+    partial = folder.with_name(f".{folder.name}")
+    if (folder / SUMMARY).exists():
+        yield partial
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(partial.with_suffix(".lock"))
+        if not _taken(lock):
+            report("waiting for another process that tokenizes the same", 0)
+            lock.acquire()
+        partial.mkdir(exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    try:
+        yield partial
+    except UserError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        if partial.exists() and (folder / SUMMARY).exists():  # another made it while this one waited
+            shutil.rmtree(partial)
+        with suppress(OSError):  # Windows keeps what is open
+            Path(lock.lock_file).unlink()
+        lock.release()
+
+
+def _taken(lock: FileLock) -> bool:
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return False
+    return True
+
+
+def _unwritable(folder: Path, error: OSError) -> MachineError:
+    return MachineError(
+        f"{folder.parent}: the cache cannot be written: {error.strerror}",
+        "set XDG_CACHE_HOME to a folder that can be",
+    )
 
 
 @contextmanager
@@ -167,10 +246,7 @@ def _whole(folder: Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise MachineError(
-            f"{folder.parent}: the cache cannot be written: {error.strerror}",
-            "set XDG_CACHE_HOME to a folder that can be",
-        ) from None
+        raise _unwritable(folder, error) from None
     try:
         yield partial
         try:
@@ -207,11 +283,24 @@ def _unknown_share(store: TokenStore, unknown_id: int | None) -> float:
     return float(np.mean(first == unknown_id))
 
 
-def _stamps(files: Sequence[Path]) -> Iterator[str]:
-    """Yield what tells one state of a file from another: its path, size and time of change."""
-    for file in files:
-        stat = file.stat()
-        yield f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+def _shown(store: TokenStore, tokenizer: PreTrainedTokenizerFast, count: int) -> Iterator[tuple[ShownToken, ...]]:
+    """Yield the first samples token by token; tokens that are parts of one character are shown together."""
+    for i in range(min(count, len(store))):
+        tokens, trained = store.tokens(i).tolist(), np.zeros(len(store.tokens(i)), bool)
+        for start, end in store.spans(i):
+            trained[start:end] = True
+        shown, first = [], 0
+        for end in range(1, len(tokens) + 1):
+            text = tokenizer.decode(tokens[first:end], clean_up_tokenization_spaces=False)
+            whole = "\ufffd" not in text or end == len(tokens) or trained[end] != trained[first]
+            if whole or end - first == MOST_BYTES:
+                shown.append(ShownToken(text=text, tokens=end - first, trained=bool(trained[first])))
+                first = end
+        yield tuple(shown)
+
+
+MOST_BYTES = 4
+"""Of a character in UTF-8."""
 
 
 def _key(*parts: object) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from autotune.errors import ConfigurationError
 from autotune.plan import Layout, LossHead, Workload
 from trainer.compiled import eagerly
-from trainer.data import TokenStore, order
+from trainer.data import Order, TokenStore
 from trainer.loss import loss_sum
 from trainer.microbatch import Array, MicroBatch, Samples, SpecialTokens, lay_out, target_count
 
@@ -31,7 +31,7 @@ SAMPLES, TOKENS, LOOKED_AT = 4, 64, 256
 def first_samples(store: TokenStore, seed: int, workload: Workload) -> list[int]:
     """Return the first few samples of a run that have a target."""
     short = Short(store, workload)
-    beginning = order(len(store), seed, 0)[:LOOKED_AT].tolist()
+    beginning = Order(len(store), seed, 0)[:LOOKED_AT].tolist()
     return [i for i in beginning if target_count([i], short)][:SAMPLES]
 
 

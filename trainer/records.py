@@ -1,14 +1,16 @@
-"""Data files -> conversations and documents, one row at a time. Knows files and columns, nothing of tokens. No torch.
+"""Data files -> blocks of rows -> conversations and documents. Knows files and columns, nothing of tokens. No torch.
 
 A row that is not what its columns promise is an error that names the file and the row.
 """
 
 from __future__ import annotations
 
+import codecs
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from autotune.errors import ConfigurationError, DataError
 
 SUFFIXES = (".parquet", ".jsonl")
 ROLES = ("system", "user", "assistant")
+BLOCK_ROWS, BLOCK_BYTES = 256, 2**18
+"""A block is read as one piece: so many rows at most, and of text hardly more bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,26 +72,75 @@ def _similar_names(path: Path) -> str:
     return f"{folder} has {', '.join(names[:5])}" if names else f"folder {folder.resolve()} has no data files"
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows of one file as they lie there, not judged yet."""
+
+    file: Path
+    first: int
+    """Number of the first row, or line."""
+    rows: int
+    raw: Any
+    """Lines, blank ones among them; a batch of Arrow; or records."""
+
+    def part(self, start: int, stop: int) -> Block:
+        """Return rows from start to stop."""
+        if start <= 0 and stop >= self.rows:
+            return self
+        if isinstance(self.raw, list):
+            lines = [i for i, line in enumerate(self.raw) if not _blank(line)]
+            first, end = lines[start], lines[min(stop, self.rows) - 1] + 1
+            return Block(self.file, self.first + first, len(lines[start:stop]), self.raw[first:end])
+        raw = self.raw[start:stop]
+        return Block(self.file, self.first + start, len(raw), raw)
+
+
 def read_records(files: Sequence[Path], limit: int | None = None) -> Iterator[Record]:
     """Read the rows of all files in order, at most `limit` of them.
 
     Raises DataError for an unreadable file, missing columns, a row of a wrong type, and when there is no row at all.
     """
-    empty = True
-    for record in islice(chain.from_iterable(map(_read_file, files)), limit):
-        empty = False
-        yield record
-    if empty:
+    return chain.from_iterable(map(parse, read_blocks(files, limit)))
+
+
+def read_blocks(files: Sequence[Path], limit: int | None = None, skip: int = 0) -> Iterator[Block]:
+    """Read the rows of all files in order, up to row `limit`, without the first `skip`; rows are not looked into.
+
+    Raises DataError for a file that cannot be read or lacks the columns, and when there is no row at all.
+    """
+    seen = 0
+    for block in chain.from_iterable(map(_blocks_of, files)):
+        before, seen = seen, seen + block.rows
+        stop = block.rows if limit is None else min(block.rows, limit - before)
+        if stop > skip - before:
+            yield block.part(max(0, skip - before), stop)
+        if seen == limit or stop < block.rows:
+            return
+    if not seen:
         raise DataError(f"{', '.join(map(str, files))}: no rows")
 
 
-def _read_file(file: Path) -> Iterator[Record]:
-    rows = _parquet_rows(file) if file.suffix == ".parquet" else _jsonl_rows(file)
-    for place, row in rows:
+def parse(block: Block) -> Iterator[Record]:
+    """Read the rows of a block as what their columns promise; raises DataError with the place of one that is not."""
+    if isinstance(block.raw, tuple):
+        yield from block.raw
+        return
+    for place, row in _jsonl_rows(block) if isinstance(block.raw, list) else _parquet_rows(block):
         yield _shape_of(row, place)(row, place)
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
+def held_out(record: Record, share: float) -> bool:
+    """Say whether a record is among the share that is not trained on: by its content alone, wherever it stands."""
+    parts = [record.text] if record.text is not None else [part for t in record.turns for part in (t.role, t.content)]
+    content = hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(content, "big") < share * 2**64
+
+
+def _blocks_of(file: Path) -> Iterator[Block]:
+    return _parquet_blocks(file) if file.suffix == ".parquet" else _jsonl_blocks(file)
+
+
+def _parquet_blocks(file: Path) -> Iterator[Block]:
     """Read row groups piece by piece, so that memory does not grow with the file; rows are counted from 1."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -98,23 +151,52 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
             wanted = [name for name in parquet.schema_arrow.names if name in COLUMNS]
             if not wanted and parquet.schema_arrow.names:
                 _shape_of(dict.fromkeys(parquet.schema_arrow.names), str(file))
-            for batch in parquet.iter_batches(batch_size=1024, columns=wanted):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file}: row {number}", row
+            for batch in parquet.iter_batches(batch_size=BLOCK_ROWS, columns=wanted):
+                if batch.num_rows:
+                    yield Block(file, number + 1, batch.num_rows, batch)
+                number += batch.num_rows
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: not a readable parquet file after row {number}: {_first_line(error)}") from None
+        raise _unreadable(file, number, error) from None
 
 
-def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
-    """Read one object a line; blank lines are passed over; lines are counted from 1."""
-    for number, line in enumerate(_lines(file), 1):
-        place = f"{file}: line {number}"
+def _parquet_rows(block: Block) -> Iterator[tuple[str, Row]]:
+    import pyarrow as pa
+
+    try:
+        rows = block.raw.to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise _unreadable(block.file, block.first - 1, error) from None
+    for number, row in enumerate(rows, block.first):
+        yield f"{block.file}: row {number}", row
+
+
+def _unreadable(file: Path, number: int, error: BaseException) -> DataError:
+    return DataError(f"{file}: not a readable parquet file after row {number}: {_first_line(error)}")
+
+
+def _jsonl_blocks(file: Path) -> Iterator[Block]:
+    """Read lines as they are, counted from 1."""
+    first, rows, size = 1, 0, 0
+    lines: list[bytes] = []
+    for line in _lines(file):
+        lines.append(line)
+        rows, size = rows + (not _blank(line)), size + len(line)
+        if len(lines) == BLOCK_ROWS or size >= BLOCK_BYTES:
+            if rows:
+                yield Block(file, first, rows, lines)
+            first, rows, size, lines = first + len(lines), 0, 0, []
+    if rows:
+        yield Block(file, first, rows, lines)
+
+
+def _jsonl_rows(block: Block) -> Iterator[tuple[str, Row]]:
+    """Read one object a line; blank lines are passed over."""
+    for number, line in enumerate(block.raw, block.first):
+        if _blank(line):
+            continue
+        place = f"{block.file}: line {number}"
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            if not text.strip():
-                continue
-            row = json.loads(text)
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except UnicodeDecodeError as error:
             raise DataError(f"{place}: not UTF-8 at byte {error.start + 1}") from None
         except (ValueError, RecursionError) as error:
@@ -122,6 +204,10 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
         if not isinstance(row, dict):
             raise DataError(f"{place}: an object was expected, not {_kind(row)}")
         yield place, row
+
+
+def _blank(line: bytes) -> bool:
+    return not line.removeprefix(codecs.BOM_UTF8).strip()
 
 
 def _lines(file: Path) -> Iterator[bytes]:

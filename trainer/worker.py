@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from contextlib import nullcontext
 from math import inf
 from pathlib import Path
@@ -25,6 +26,7 @@ from autotune.errors import ConfigurationError, MachineError, UserError
 from trainer.board import Board
 from trainer.compiled import is_compile_error
 from trainer.dry import take_dry_steps
+from trainer.fingerprints import Hashing
 from trainer.loop import train
 from trainer.memory import is_memory_error
 from trainer.trace import trace
@@ -96,12 +98,14 @@ def _do(errand: Errand, events: Events) -> None:
 def _train(errand: Train, events: Events) -> None:
     """Train until the end or a signal; each row goes to its file first, then to the supervisor."""
     stopped, folder = _Stop(), Path(errand.output_dir)
+    hashing = Hashing([Path(store) for store in (errand.store, errand.validation_store) if store])
+    hashing.start()
     with (
         (folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics,
         (folder / "samples.jsonl").open("w", encoding="utf-8") as samples,
         Board(folder) if errand.tensorboard else nullcontext() as board,
     ):
-        for row in train(errand, stopped):
+        for row in _and_changes(train(errand, stopped), hashing):
             # JSON has no word for a loss that is not finite.
             row = {name: None if value != value or value in (inf, -inf) else value for name, value in row.items()}
             if row["kind"] == "sample":
@@ -114,6 +118,16 @@ def _train(errand: Train, events: Events) -> None:
                 if board is not None:
                     board.add(row)
             events.send("metrics", row=row)
+
+
+def _and_changes(rows: Iterator[dict[str, Any]], hashing: Hashing) -> Iterator[dict[str, Any]]:
+    """Yield rows, and before the next one an event for each data file that is not what was tokenized."""
+    step = 0
+    for row in rows:
+        while hashing.changed:
+            yield {"kind": "event", "event": "data_changed", "step": step, "file": hashing.changed.pop(0)}
+        step = row["step"]
+        yield row
 
 
 class _Stop:

@@ -11,12 +11,13 @@ from rich.table import Table
 from autotune.batching import largest_share
 from autotune.errands import DataSummary, Preprocessed
 from autotune.estimate import ERROR
-from autotune.forecast import expected_shape
+from autotune.forecast import padding_share
 from autotune.plan import Alternative, CardProcess, Layout, Memory, Plan
 from cli.render.console import out
+from cli.render.data import data_line
 from cli.render.explain import trials_in_force
 from cli.render.units import count, duration, gib, predicted
-from cli.wiring import balanced_note, percentile
+from cli.wiring import balanced_note
 
 MIB = 2**20
 OTHERS_NAMED = 5
@@ -99,7 +100,7 @@ def _plan_rows(plan: Plan, facts: Preprocessed, profile: str | None) -> list[tup
     if machine.others:
         rows.append(("On the card", others_line(machine.others)))
     if facts.data is not None:
-        rows.insert(1, ("Data", _data_line(facts.data)))
+        rows.insert(1, ("Data", data_line(facts.data)))
     worst = f"{work.max_seq_len}" + (f" + {work.max_target_len}" if work.max_target_len else "")
     rows.append(
         (
@@ -140,18 +141,10 @@ def layout_line(plan: Plan, data: DataSummary | None) -> str:
     layout = plan.workload.layout
     if data is None:
         return LAYOUTS[layout]
-    said = f"{LAYOUTS[layout]}: {_padding(data, layout, plan):.0%} padding"
-    if layout != "fixed":
-        said += f" (plain rows {_padding(data, 'fixed', plan):.0%})"
-    return said
-
-
-def _padding(data: DataSummary, layout: Layout, plan: Plan) -> float:
-    """Return the share of padding in what a step computes on."""
-    batching, work = plan.batching, plan.workload
+    batching, limits = plan.batching, plan.workload.limits
     share = largest_share(min(data.samples, batching.effective_batch_size), batching.world_size)
-    shape = expected_shape(data.lengths, layout, work.limits, batching.micro_batch_size, share)
-    return max(0.0, 1 - data.tokens / data.samples * share / shape.padded_tokens)
+    padding, plain = (padding_share(data, x, limits, batching.micro_batch_size, share) for x in (layout, "fixed"))
+    return f"{LAYOUTS[layout]}: {padding:.0%} padding" + f" (plain rows {plain:.0%})" * (layout != "fixed")
 
 
 LAYOUTS: dict[Layout, str] = {
@@ -171,19 +164,6 @@ def others_line(others: Sequence[CardProcess]) -> str:
         named.append(f"{len(others) - OTHERS_NAMED} more")
     total = sum(process.bytes or 0 for process in others)
     return "taken by others: " + (f"{gib(total)}: " if total else "") + ", ".join(named)
-
-
-def _data_line(data: DataSummary) -> str:
-    sides = ("source", "target") if len(data.lengths) == 2 else ("length",)
-    lengths = "; ".join(
-        f"{side} half up to {percentile(data, i, 0.5)}, 95 % up to {percentile(data, i, 0.95)}, "
-        f"longest {data.longest(i)}"
-        for i, side in enumerate(sides)
-    )
-    return (
-        f"{data.rows:,} rows, {data.stage}, {data.tokens:,} tokens, {data.target_tokens / data.tokens:.0%} of them "
-        f"trained on; {lengths}"
-    )
 
 
 def why_not_larger(plan: Plan) -> str:

@@ -8,10 +8,12 @@ import re
 import subprocess
 import sys
 import time
+from math import ceil
 from pathlib import Path
 
 import pytest
 from conftest import CommandRunner, chatlm_path
+from transformers import AutoTokenizer
 
 DIALOGUES = [
     {"prompt": "你好", "response": "你好，很高兴见到你。"},
@@ -92,6 +94,9 @@ def test_a_plan_as_json_stands_alone_on_stdout_and_its_supervisor_never_loads_to
          ["7 rows x 3 accumulation", "21 samples", "20"]),
         (["plan", "--memory-limit", "32MiB", "--model", "tiny"], 1, ["leaves nothing", "--memory-limit"]),
         (["train", "--plan", "nowhere.json"], 2, ["nowhere.json", "chatlm plan --json"]),
+        (["data", "--validation", "a.jsonl", "--validation-split", "0.1"], 2, ["--validation-split 0.1", "leave one"]),
+        (["data", "--validation-split", "1"], 2, ["validation_split = 1.0", "between 0 and 1"]),
+        (["data", "nowhere.parquet"], 3, ["nowhere.parquet: no such file"]),
         (["train", "--data", "nowhere.parquet"], 3, ["nowhere.parquet: no such file"]),
         (["train", "--data", "type.jsonl"], 3, ["type.jsonl: line 2", "`response` must be text", "a number"]),
         (["train", "--data", "damaged.parquet"], 3, ["damaged.parquet", "parquet"]),
@@ -253,3 +258,35 @@ def test_a_lever_that_is_none_is_told(lever: str, said: str, dialogues: Path, ch
     assert done.returncode == 2, done.stderr
     assert re.search(said, done.stderr), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_data_says_its_lengths_what_is_cut_padded_and_trained_on(
+    tmp_path: Path, real_data: Path, chatlm: CommandRunner
+) -> None:
+    file = real_data / "dialogue/alpaca_zh_en_2k.jsonl"
+    arguments = ("data", file, "--tokenizer", real_data / "minimind/tokenizer", "--max-seq-len", 256)
+    said = chatlm(*arguments)
+    assert said.returncode == 0, said.stderr
+    facts = json.loads(chatlm(*arguments, "--json", "--show", 3).stdout)
+    tokenizer = AutoTokenizer.from_pretrained(real_data / "minimind/tokenizer")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    texts = [tokenizer.apply_chat_template(row["conversations"], tokenize=False) for row in rows]
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    longest = max(lengths)
+    assert facts["longest_row"] == [longest, f"{file}: line {lengths.index(longest) + 1}"]
+    assert f"{longest} tokens before any cut: {file}: line {lengths.index(longest) + 1}" in said.stdout
+    inside = sorted(min(length, 256) for length in lengths)
+    shares = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+    points = {name: inside[ceil(share * len(inside)) - 1] for name, share in shares.items()}
+    assert facts["percentiles"]["length"] == points | {"max": 256}
+    assert f"p50 {points['p50']}, p95 {points['p95']}, p99 {points['p99']}, max 256" in said.stdout
+    assert f"answer_cut {facts['cuts']['answer_cut']:,}" in said.stdout
+    assert facts["padding"]["packed"] < facts["padding"]["sorted"] < facts["padding"]["fixed"]
+    for text, shown in zip(texts, facts["shown"], strict=False):
+        together = "".join(token["text"] for token in shown)
+        assert together in text
+        answer = text.split("assistant\n")[-1].rstrip("\n")
+        assert answer.startswith("".join(token["text"] for token in shown if token["trained"]))
+    trained = [line.split(maxsplit=1)[1] for line in said.stdout.splitlines() if line.startswith("  trained  ")]
+    assert len(trained) == 2
+    assert rows[0]["conversations"][-1]["content"][:4] in trained[0].replace("|", "")
