@@ -6,8 +6,9 @@
 
 The folder is that of `epochs.py`. Every trainer begins with the same weights, and goes once through the same samples in
 optimizer steps of the same effective batch (of packed rows of TRL: in as many steps), with AdamW of the same betas,
-decay, clip and rate. Each run is a process of its own, they take turns, and the first step of each is not timed. What
-each learned is told by one function: the loss on samples that none trained on, in fp32.
+decay, clip and rate. Each run is a process of its own, they take turns, and the first step of each is not timed. Runs of
+a minute are too short for `--auto` to compile: that is a row of its own. What each learned is told by one function: the
+loss on samples that none trained on, in fp32.
 
 Prints one table, and writes benchmarks/results/train-DEVICE.json, each case in the place of its older one.
 """
@@ -57,7 +58,7 @@ MICRO_BATCHES = (8, 16, 32)
 """Of rows, of which the fastest is taken for "well set"."""
 PACKED_MICRO_BATCHES = (1, 2)
 """The same of packed rows: without flash attention TRL lays them all in one, whose attention grows with its square."""
-OURS, OURS_FP32, SMALL = "chatlm", "chatlm, fp32", "chatlm, profile small"
+OURS, OURS_FP32, COMPILED, SMALL = "chatlm", "chatlm, fp32", "chatlm, compiled", "chatlm, profile small"
 DEFAULT, WELL_SET, PACKING, LOOP = "Trainer, its defaults", "Trainer, well set", "SFTTrainer, packing", "plain loop"
 
 
@@ -170,7 +171,8 @@ def prepare(case: Case, hardware: Hardware, folder: Path) -> Prepared:
     )  # fmt: skip
     facts = preprocess(
         Preprocess(
-            model=case.model, tokenizer=tokenizer, dropout=None, freeze=(), data=data, validation=(), stage=None,
+            model=case.model, tokenizer=tokenizer, dropout=None, freeze=(), data=data, validation=(),
+            validation_split=None, show=0, stage=None,
             max_seq_len=case.max_seq_len, max_target_len=case.max_seq_len, limit=settings.limit,
             cache_dir=str(folder / "cache" / "chatlm"),
         ),
@@ -277,6 +279,7 @@ def plan_of(ready: Prepared, trainer: str) -> Path:
     wishes = {
         OURS: effective,
         OURS_FP32: [*effective, "--precision", "fp32"],
+        COMPILED: [*effective, "--compile", "on"],
         SMALL: ["--batch-size-per-gpu", "1", "--effective-batch-size", "16", "--layout", "fixed"],
     }
     done = chatlm(["plan", "--json", *ready.typed, *wishes[trainer]], ready, stdout=subprocess.PIPE)
@@ -333,6 +336,7 @@ def run_ours(ready: Prepared, trainer: str, plan: Path, repeat: int) -> Run:
             "micro_batch_size": made.batching.micro_batch_size,
             "layout": verified["layout"],
             "precision": made.workload.precision,
+            "compile": made.workload.compile,
             "cpu_allocator": made.workload.cpu_allocator,
             "plan_seconds": made.evidence.seconds,
         },
@@ -394,6 +398,7 @@ def run(ready: Prepared, repeats: int) -> tuple[list[Run], list[Run]]:
     plans = {OURS: auto}
     if precision != "fp32":
         plans[OURS_FP32] = plan_of(ready, OURS_FP32)
+    plans[COMPILED] = plan_of(ready, COMPILED)
     if ready.case.with_small:
         plans[SMALL] = plan_of(ready, SMALL)
     theirs, trials, runs = {DEFAULT: 8, LOOP: plan.batching.micro_batch_size}, [], []
@@ -437,7 +442,8 @@ def summed_up(ready: Prepared, runs: list[Run], rate: float) -> list[Row]:
 def described(made: Run) -> str:
     how = made.how
     if "layout" in how:
-        return f"{how['layout']}, {how['precision']}, {how['micro_batch_size']} rows"
+        compiled = ", compiled" * (how["compile"] == "on")
+        return f"{how['layout']}, {how['precision']}, {how['micro_batch_size']} rows{compiled}"
     if made.trainer == LOOP:
         return f"{how['precision']}, {how['micro_batch_size']} rows" + (", compiled" if how["compiled"] else "")
     precision = "bf16" if how["bf16"] else "fp32"

@@ -97,6 +97,8 @@ def tokenized(family: str, cache: Path) -> Preprocessed:
             freeze=(),
             data=(),
             validation=(),
+            validation_split=None,
+            show=0,
             stage=None,
             max_seq_len=LENGTH,
             max_target_len=LENGTH,
