@@ -6,6 +6,8 @@ An errand goes in as one JSON object. Events come out as JSON lines: `progress`,
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from itertools import accumulate
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, TypeAdapter
@@ -70,6 +72,11 @@ class DataSummary(Fact):
     def longest(self, side: int) -> int:
         """Return the tokens of the longest sample on this side: 0 sequence or source, 1 target."""
         return self.lengths[side][-1][0]
+
+    def percentile(self, side: int, share: float) -> int:
+        """Return the length that this share of the samples does not exceed."""
+        seen = list(accumulate(count for _, count in self.lengths[side]))
+        return self.lengths[side][bisect_left(seen, share * seen[-1])][0]
 
 
 class TokenIds(Fact):

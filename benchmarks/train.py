@@ -6,9 +6,9 @@
 
 The folder is that of `epochs.py`. Every trainer begins with the same weights, and goes once through the same samples in
 optimizer steps of the same effective batch (of packed rows of TRL: in as many steps), with AdamW of the same betas,
-decay, clip and rate. Each run is a process of its own, they take turns, and the first step of each is not timed. Runs of
-a minute are too short for `--auto` to compile: that is a row of its own. What each learned is told by one function: the
-loss on samples that none trained on, in fp32.
+decay, clip and rate. Each run is a process of its own, they take turns, and the first step of each is not timed. A
+run of a minute is too short for `--auto` to compile: that is a row of its own. What each learned is told by one
+function: the loss on samples that none trained on, in fp32.
 
 Prints one table, and writes benchmarks/results/train-DEVICE.json, each case in the place of its older one.
 """

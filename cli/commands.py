@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
-
-import typer
 
 from autotune import cache
 from autotune.account import check_room, set_budget
-from autotune.bottleneck import bottleneck
 from autotune.cards import find_rates
-from autotune.errands import DataSummary, Preprocessed, Train
-from autotune.errors import ConfigurationError, NothingFitsError, UserError
+from autotune.errands import DataSummary, Preprocessed
+from autotune.errors import ConfigurationError
 from autotune.estimate import estimate
 from autotune.evidence import alike
 from autotune.hardware import imagine_hardware, read_hardware
@@ -27,40 +20,32 @@ from autotune.levers import Varied, measured_rates, vary
 from autotune.measure import Workers, trace_sizes
 from autotune.plan import Hardware, Plan, Rates, Workload
 from autotune.planner import Planner
-from autotune.process import Worker, WorkerCrashedError, ask
+from autotune.process import ask
+from cli.choices import padding_by_layout
 from cli.options import as_arguments
-from cli.progress import RunProgress
-from cli.render.console import out, print_json, say, warn
+from cli.render.console import print_json, say, warn
 from cli.render.data import data_line, print_data, sides
 from cli.render.explain import print_account, print_trials, trial_line
+from cli.render.notes import notes, slower_precision
 from cli.render.plan import batch_line, layout_line, print_plan
 from cli.render.settings import print_config
-from cli.render.units import count, duration, gib, number
+from cli.render.units import count
 from cli.render.whatif import print_varied
+from cli.runs import make_folder, run_folder, write_run
+from cli.training import Job, train
 from cli.whatif import Stage, longest_asked, parse_lever
 from cli.wiring import (
     cache_dir,
     check_reporting,
     fit_plan,
-    make_folder,
     make_inputs,
-    make_recipe,
     make_request,
     memory_wishes,
-    notes,
-    padding_by_layout,
-    percentile,
     preprocess_errand,
     read_plan,
-    run_folder,
     settings_of_plan,
-    slower_precision,
-    write_run,
 )
 from profiles import Resolved, Settings, resolve
-
-ENDINGS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-"""Signals after which a run is saved; a terminal that is closed sends the last."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +146,7 @@ def _as_data(data: DataSummary) -> dict[str, Any]:
     """Return a summary with the percentiles that people look for."""
     points = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
     lengths = {
-        side: {name: percentile(data, i, share) for name, share in points.items()} for i, side in enumerate(sides(data))
+        side: {name: data.percentile(i, share) for name, share in points.items()} for i, side in enumerate(sides(data))
     }
     return data.model_dump(mode="json") | {"percentiles": lengths}
 
@@ -229,18 +214,7 @@ def train_command(
     assert job.facts.data is not None
     say(f"data: {data_line(job.facts.data)}; {layout_line(job.plan, job.facts.data)}")
     say(f"{batch_line(job.plan)}; run in {folder}")
-    _train(job, folder)
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a training needs, decided."""
-
-    settings: Settings
-    facts: Preprocessed
-    hardware: Hardware
-    plan: Plan
-    evidence: str | None
+    train(job, folder)
 
 
 def _plan_job(resolved: Resolved, remembering: Remembering, *, auto: bool) -> Job:
@@ -318,130 +292,3 @@ def _preprocess(settings: Settings, cores: int, *, demo: bool, show: int = 0) ->
     for note in notes(settings, facts):
         warn(note)
     return facts
-
-
-def _train(job: Job, folder: Path) -> None:
-    """Run the worker to its end, showing its rows; a signal lets it finish its step and save."""
-    facts = job.facts
-    assert facts.data is not None
-    assert facts.tokenizer_dir is not None
-    assert facts.ids is not None
-    errand = Train(
-        plan=job.plan,
-        recipe=make_recipe(job.settings, job.plan.workload.stage),
-        store=facts.data.store,
-        validation_store=facts.validation.store if facts.validation else None,
-        tokenizer_dir=facts.tokenizer_dir,
-        ids=facts.ids,
-        output_dir=str(folder),
-        tensorboard=job.settings.report_to == "tensorboard",
-    )
-    allocator = job.plan.workload.cpu_allocator
-    with (
-        (folder / "log.txt").open("w+b") as log,
-        Worker(job.hardware.cores, allocator, log) as worker,
-        _signals_to(worker) as signals,
-        RunProgress() as progress,
-    ):
-        worker.give(errand)
-        for event in worker.events():
-            if event["event"] == "metrics":
-                progress.show(event["row"])
-            elif event["event"] == "out_of_memory":
-                raise _no_longer_fits(job.plan, progress, str(event["message"]))
-        if not progress.ended and (progress.steps or not signals):
-            raise _unexpected_end(worker, job.plan, progress)
-    _summarise(progress, job.plan)
-    if signals:
-        raise typer.Exit(128 + signals[0])
-
-
-@contextmanager
-def _signals_to(worker: Worker) -> Iterator[list[int]]:
-    """Hand the first signal on as a wish to stop, and end at once on the second; yields those that came."""
-    came: list[int] = []
-
-    def take(number: int, _frame: FrameType | None) -> None:
-        came.append(number)
-        if len(came) > 1:
-            worker.kill()
-            raise typer.Exit(128 + number)
-        say("stopping: finishing the step and saving the model; once more ends at once")
-        worker.interrupt()
-
-    before = {number: signal.signal(number, take) for number in ENDINGS}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _no_longer_fits(plan: Plan, progress: RunProgress, message: str) -> UserError:
-    peak = plan.memory.measured_peak_bytes or plan.memory.predicted_peak_bytes
-    return NothingFitsError(
-        f"memory ran out after step {progress.steps} ({message}); the plan says a peak of "
-        f"{gib(peak)} of {gib(plan.memory.limit_bytes)} free then",
-        "another program has taken memory since: close it, or plan again with --auto",
-    )
-
-
-def _unexpected_end(worker: Worker, plan: Plan, progress: RunProgress) -> Exception:
-    if worker.was_killed:
-        return _no_longer_fits(plan, progress, "killed by signal 9, as an out-of-memory killer does")
-    return WorkerCrashedError(f"the worker ended with exit code {worker.exit_code}:\n{worker.last_words()}")
-
-
-def _summarise(progress: RunProgress, plan: Plan) -> None:
-    if progress.skipped:
-        warn(f"{count(progress.skipped, 'step')} had a gradient that is not finite, and changed no weight")
-    if not progress.steps:
-        out.print("no step was finished; nothing was trained")
-        return
-    validation = f", validation {progress.validation_loss:.4f}" if progress.validation_loss is not None else ""
-    losses = f"{number(progress.first_loss, '.4f')} -> {number(progress.last_loss, '.4f')}"
-    out.print(
-        f"{progress.ended} after {progress.steps} steps in {duration(progress.seconds)}: loss {losses}{validation}; "
-        f"{progress.tokens / max(progress.seconds, 1e-9):,.0f} tokens/s; "
-        f"peak {gib(progress.peak_bytes)}"
-    )
-    out.print(_against(progress.against))
-    for line in (_utilization(progress, plan), _waiting(progress, plan)):
-        if line:
-            out.print(line)
-    out.print(f"model: {progress.model}")
-    if progress.best:
-        best, loss = progress.best, number(progress.best["best_loss"], ".4f")
-        where = "the last one" if best["best_model"] == progress.model else best["best_model"]
-        out.print(f"best: {where} (step {best['best_step']}, validation loss {loss})")
-
-
-def _utilization(progress: RunProgress, plan: Plan) -> str:
-    """Say which share of the device's own rate the steps came to, on real tokens."""
-    rate = plan.speed.matrix_flops.get(plan.workload.precision) if plan.speed else None
-    if not rate:
-        return ""
-    return (
-        f"utilization: {progress.flops_share / progress.seconds:.0%} of the {rate / 1e12:,.2f} TFLOP/s at which this "
-        f"device was measured to multiply {plan.workload.precision} matrices, on real tokens alone"
-    )
-
-
-def _waiting(progress: RunProgress, plan: Plan) -> str:
-    found = bottleneck(progress.spent, plan)
-    return f"slowest part: {found.share:.0%} of the time went into {found.what}; {found.advice}" if found else ""
-
-
-def _against(row: dict[str, Any]) -> str:
-    """Say in a line how true the plan was."""
-    expected = row["expected_peak_bytes"]
-    said = f"plan against real: worst case {gib(row['planned_peak_bytes'])}"
-    said += f", expected {gib(expected)}" * (expected is not None) + f", real peak {gib(row['real_peak_bytes'])}"
-    if row["planned_seconds"] is not None:
-        said += (
-            f"; {duration(row['planned_seconds'])} ({row['planned_tokens_per_second']:,.0f} tokens/s), "
-            f"really {duration(row['real_seconds'])} ({row['real_tokens_per_second']:,.0f})"
-        )
-        if row["generation_seconds"]:
-            said += f", of which {duration(row['generation_seconds'])} went into answers, which no plan counts"
-    return said

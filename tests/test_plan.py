@@ -449,3 +449,9 @@ def test_an_error_of_the_user_has_one_sentence_a_hint_and_its_own_exit_code() ->
 def test_every_kind_of_error_crosses_from_the_worker_by_its_name() -> None:
     assert set(KINDS.values()) == set(UserError.__subclasses__())
     assert all(KINDS[kind.__name__] is kind for kind in KINDS.values())
+
+
+def test_a_percentile_is_the_shortest_length_that_no_more_than_the_others_exceed() -> None:
+    lengths = ((10, 50), (20, 45), (30, 4), (40, 1))
+    data = DATA.model_copy(update={"lengths": (lengths,), "samples": 100})
+    assert [data.percentile(0, share) for share in (0.01, 0.5, 0.51, 0.95, 0.99, 1.0)] == [10, 10, 20, 20, 30, 40]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from autotune.levers import Varied
 from autotune.plan import Alternative, CardProcess
 from cli.render.data import histogram_bars
+from cli.render.notes import slower_precision
 from cli.render.plan import others_line, print_plan
 from cli.render.whatif import print_varied
 
@@ -101,3 +102,14 @@ def test_the_bars_of_a_histogram_hold_each_sample_once(samples: dict[int, int]) 
     for low, high, inside in bars:
         assert inside == sum(count for length, count in samples.items() if low <= length <= high)
     assert bars[-1][0] <= max(samples) <= bars[-1][1]
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [({"bf16": 4e11, "fp32": 2e11}, ""), ({"bf16": 1e11, "fp32": 2e11}, "--precision fp32"), ({}, "")],
+)
+def test_half_precision_that_is_slower_here_is_said(rates: dict[str, float], said: str) -> None:
+    plan = facts.plan(speed=facts.speed(matrix_flops=rates))
+    assert plan.workload.precision == "bf16"
+    assert said in slower_precision(plan)
+    assert bool(slower_precision(plan)) is bool(said)

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import facts
 import pytest
 
-from autotune.errands import DataSummary, Preprocessed
-from autotune.errors import ConfigurationError, MachineError, RunExistsError
+from autotune.errors import ConfigurationError
 from autotune.plan import Request
 from cli.wiring import (
-    choose_layout,
-    choose_loss_head,
-    make_folder,
     make_request,
-    run_folder,
     settings_of_plan,
-    slower_precision,
-    write_run,
 )
-from profiles import Settings, resolve
+from profiles import resolve
 
 
 def request(typed: dict[str, Any], profile: str | None = None, world_size: int = 1, *, search: bool = False) -> Request:
@@ -123,98 +115,3 @@ def test_parts_to_freeze_are_given_with_commas_or_one_by_one_in_any_order() -> N
     for wrong in ([1], True, 3, {"encoder": False}):
         with pytest.raises(ConfigurationError, match="freeze"):
             resolve({"freeze": wrong})
-
-
-def test_a_run_writes_every_value_in_force_and_where_it_came_from(tmp_path: Path) -> None:
-    resolved = resolve({"epochs": 2.0}, None, "small")
-    write_run(tmp_path, resolved, resolved.settings, facts.plan(), evidence=None)
-    text = (tmp_path / "config.toml").read_text(encoding="utf-8")
-    values = tomllib.loads(text)
-    assert values["learning_rate"] == 1e-4
-    assert values["precision"] == "bf16"
-    assert not values.keys() & {"batch_size_per_gpu", "output_dir"}, "else it could not be given as --config"
-    for line in ("epochs = 2.0  # command line", "seed = 42  # default", 'precision = "bf16"  # rule',
-                 "learning_rate = 0.0001  # rule", "# batch_size_per_gpu = 20  # plan"):  # fmt: skip
-        assert line in text.splitlines()
-    assert not (tmp_path / "evidence.json").exists()
-
-
-def test_a_folder_with_a_run_is_refused_and_one_that_cannot_be_made_too(tmp_path: Path) -> None:
-    taken = resolve({"output_dir": str(tmp_path)}).settings
-    (tmp_path / "metrics.jsonl").touch()
-    assert run_folder(taken) == tmp_path, "an empty file is what a run that did not begin leaves"
-    (tmp_path / "metrics.jsonl").write_text("{}")
-    with pytest.raises(RunExistsError) as error:
-        run_folder(taken)
-    assert error.value.exit_code == 5
-    model = facts.preprocessed().model.model_copy(update={"parameters": 10**6})
-    with pytest.raises(MachineError, match=r"Not a directory|File exists"):
-        make_folder(tmp_path / "metrics.jsonl" / "run", model, facts.hardware())
-    with pytest.raises(MachineError, match="has 5 MiB free, saving the model takes 24 MiB"):
-        make_folder(tmp_path / "run", model, facts.hardware(disk_free_bytes=5 * 2**20))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("asked", "packs", "window", "layout"),
-    [
-        ("auto", True, None, "packed"),
-        ("auto", True, 512, "packed"),
-        ("auto", True, 511, "sorted"),
-        ("auto", False, None, "sorted"),
-        ("packed", True, 4096, "packed"),
-        ("fixed", False, 128, "fixed"),
-    ],
-)
-def test_samples_share_rows_where_the_model_lets_them(asked: Any, packs: bool, window: int | None, layout: str) -> None:
-    assert choose_layout(Settings(layout=asked), known(packs, window), (512,)) == layout
-
-
-def known(packs: bool, window: int | None, data: DataSummary | None = None) -> Preprocessed:
-    model = facts.preprocessed().model.model_copy(update={"packs": packs, "window": window})
-    return facts.preprocessed(model=model, data=data)
-
-
-@pytest.mark.parametrize(("short", "layout"), [(0, "fixed"), (5, "fixed"), (50, "packed")])
-def test_documents_that_fill_their_rows_are_not_packed(short: int, layout: str) -> None:
-    data = DataSummary(
-        files=("a.jsonl",), store="store", fingerprint="data", stage="pretrain", rows=100, samples=100,
-        tokens=512 * (100 - short) + 64 * short, target_tokens=100, cuts={}, unknown_share=0.0,
-        longest_row=(512, "data.jsonl: line 1"),
-        lengths=(((64, short), (512, 100 - short))[not short:],),
-    )  # fmt: skip
-    assert choose_layout(Settings(), known(packs=True, window=None, data=data), (512,)) == layout
-
-
-@pytest.mark.parametrize(("packs", "window", "why"), [(True, 128, "128 tokens of 512"), (False, None, "no mask")])
-def test_packed_rows_that_a_model_cannot_keep_apart_are_refused(packs: bool, window: int | None, why: str) -> None:
-    with pytest.raises(ConfigurationError, match=why):
-        choose_layout(Settings(layout="packed"), known(packs, window), (512,))
-
-
-@pytest.mark.parametrize(
-    ("asked", "chunks", "limit", "loss_head"),
-    [
-        # 32 x 512 x 6400 logits of 8 bytes are 0.78 GiB.
-        ("auto", True, "12GiB", "chunked"),
-        ("auto", True, "13GiB", "full"),
-        ("auto", False, "12GiB", "full"),
-        ("chunked", False, "13GiB", "chunked"),
-        ("full", True, "1GiB", "full"),
-    ],
-)
-def test_logits_are_taken_in_chunks_where_they_are_much(asked: Any, chunks: bool, limit: str, loss_head: str) -> None:
-    model = facts.preprocessed().model.model_copy(update={"chunks": chunks, "vocabulary_size": 6400})
-    settings = Settings(loss_head=asked, memory_limit=limit)
-    assert choose_loss_head(settings, facts.preprocessed(model=model), facts.hardware(world_size=1), 512) == loss_head
-
-
-@pytest.mark.parametrize(
-    ("rates", "said"),
-    [({"bf16": 4e11, "fp32": 2e11}, ""), ({"bf16": 1e11, "fp32": 2e11}, "--precision fp32"), ({}, "")],
-)
-def test_half_precision_that_is_slower_here_is_said(rates: dict[str, float], said: str) -> None:
-    plan = facts.plan(speed=facts.speed(matrix_flops=rates))
-    assert plan.workload.precision == "bf16"
-    assert said in slower_precision(plan)
-    assert bool(slower_precision(plan)) is bool(said)

@@ -12,7 +12,6 @@ from autotune.errands import DataSummary, ShownToken
 from autotune.plan import Layout
 from cli.render.console import out
 from cli.render.units import count
-from cli.wiring import percentile
 
 SHARES = (0.5, 0.95, 0.99)
 BARS, BAR_WIDTH = 10, 40
@@ -21,8 +20,7 @@ BARS, BAR_WIDTH = 10, 40
 def data_line(data: DataSummary) -> str:
     """Say in a line how much there is, how long, what is trained on, and how many rows were cut."""
     lengths = "; ".join(
-        f"{side} half up to {percentile(data, i, 0.5)}, 95 % up to {percentile(data, i, 0.95)}, "
-        f"longest {data.longest(i)}"
+        f"{side} half up to {data.percentile(i, 0.5)}, 95 % up to {data.percentile(i, 0.95)}, longest {data.longest(i)}"
         for i, side in enumerate(sides(data))
     )
     cut = ", ".join(f"{rule} {rows:,}" for rule, rows in data.cuts.items())
@@ -75,7 +73,7 @@ def _rows(data: DataSummary, validation: DataSummary | None, padding: Mapping[La
 
 
 def _histogram(data: DataSummary, side: int, name: str) -> Table:
-    points = ", ".join(f"p{share * 100:g} {percentile(data, side, share)}" for share in SHARES)
+    points = ", ".join(f"p{share * 100:g} {data.percentile(side, share)}" for share in SHARES)
     title = f"{name.capitalize()} in tokens: {points}, max {data.longest(side)}"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False)
     for justify in ("right", "right", "left"):

@@ -16,8 +16,8 @@ from autotune.plan import Alternative, CardProcess, Layout, Memory, Plan
 from cli.render.console import out
 from cli.render.data import data_line
 from cli.render.explain import trials_in_force
+from cli.render.notes import balanced_note
 from cli.render.units import count, duration, gib, predicted
-from cli.wiring import balanced_note
 
 MIB = 2**20
 OTHERS_NAMED = 5

@@ -1,0 +1,109 @@
+"""A training from the first row to the last: its worker, its signals, and what became of them."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import typer
+
+from autotune.errands import Preprocessed, Train
+from autotune.errors import NothingFitsError, UserError
+from autotune.plan import Hardware, Plan
+from autotune.process import Worker, WorkerCrashedError
+from cli.progress import RunProgress
+from cli.render.console import say
+from cli.render.run import print_run
+from cli.render.units import gib
+from cli.wiring import make_recipe
+from profiles import Settings
+
+ENDINGS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Signals after which a run is saved; a terminal that is closed sends the last."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a training needs, decided."""
+
+    settings: Settings
+    facts: Preprocessed
+    hardware: Hardware
+    plan: Plan
+    evidence: str | None
+
+
+def train(job: Job, folder: Path) -> None:
+    """Run the worker to its end, showing its rows; a signal lets it finish its step and save."""
+    facts = job.facts
+    assert facts.data is not None
+    assert facts.tokenizer_dir is not None
+    assert facts.ids is not None
+    errand = Train(
+        plan=job.plan,
+        recipe=make_recipe(job.settings, job.plan.workload.stage),
+        store=facts.data.store,
+        validation_store=facts.validation.store if facts.validation else None,
+        tokenizer_dir=facts.tokenizer_dir,
+        ids=facts.ids,
+        output_dir=str(folder),
+        tensorboard=job.settings.report_to == "tensorboard",
+    )
+    allocator = job.plan.workload.cpu_allocator
+    with (
+        (folder / "log.txt").open("w+b") as log,
+        Worker(job.hardware.cores, allocator, log) as worker,
+        _signals_to(worker) as signals,
+        RunProgress() as progress,
+    ):
+        worker.give(errand)
+        for event in worker.events():
+            if event["event"] == "metrics":
+                progress.show(event["row"])
+            elif event["event"] == "out_of_memory":
+                raise _no_longer_fits(job.plan, progress, str(event["message"]))
+        if not progress.ended and (progress.steps or not signals):
+            raise _unexpected_end(worker, job.plan, progress)
+    print_run(progress, job.plan)
+    if signals:
+        raise typer.Exit(128 + signals[0])
+
+
+@contextmanager
+def _signals_to(worker: Worker) -> Iterator[list[int]]:
+    """Hand the first signal on as a wish to stop, and end at once on the second; yields those that came."""
+    came: list[int] = []
+
+    def take(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) > 1:
+            worker.kill()
+            raise typer.Exit(128 + number)
+        say("stopping: finishing the step and saving the model; once more ends at once")
+        worker.interrupt()
+
+    before = {number: signal.signal(number, take) for number in ENDINGS}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _no_longer_fits(plan: Plan, progress: RunProgress, message: str) -> UserError:
+    peak = plan.memory.measured_peak_bytes or plan.memory.predicted_peak_bytes
+    return NothingFitsError(
+        f"memory ran out after step {progress.steps} ({message}); the plan says a peak of "
+        f"{gib(peak)} of {gib(plan.memory.limit_bytes)} free then",
+        "another program has taken memory since: close it, or plan again with --auto",
+    )
+
+
+def _unexpected_end(worker: Worker, plan: Plan, progress: RunProgress) -> Exception:
+    if worker.was_killed:
+        return _no_longer_fits(plan, progress, "killed by signal 9, as an out-of-memory killer does")
+    return WorkerCrashedError(f"the worker ended with exit code {worker.exit_code}:\n{worker.last_words()}")
