@@ -26,7 +26,7 @@ from cli.options import as_arguments
 from cli.render.console import print_json, say, warn
 from cli.render.data import data_line, print_data, sides
 from cli.render.explain import print_account, print_trials, trial_line
-from cli.render.notes import notes, slower_precision
+from cli.render.notes import data_notes, model_notes, slower_precision
 from cli.render.plan import batch_line, layout_line, print_plan
 from cli.render.settings import print_config
 from cli.render.units import count
@@ -130,7 +130,7 @@ def data_command(
         print_config(resolved)
         return
     settings = resolved.settings
-    facts = _preprocess(settings, _read_hardware(settings).cores, demo=True, show=show)
+    facts = _look_at_data(settings, _read_hardware(settings).cores, demo=True, show=show)
     data = facts.data
     assert data is not None
     padding = padding_by_layout(settings, facts)
@@ -281,7 +281,15 @@ def _read_hardware(settings: Settings) -> Hardware:
     return hardware
 
 
-def _preprocess(settings: Settings, cores: int, *, demo: bool, show: int = 0) -> Preprocessed:
+def _preprocess(settings: Settings, cores: int, *, demo: bool) -> Preprocessed:
+    """Learn what the model and the data are, and tell at once what people should know of them."""
+    facts = _look_at_data(settings, cores, demo=demo)
+    for note in model_notes(settings, facts):
+        warn(note)
+    return facts
+
+
+def _look_at_data(settings: Settings, cores: int, *, demo: bool, show: int = 0) -> Preprocessed:
     answer: dict[str, Any] = {}
     for event in ask(preprocess_errand(settings, demo=demo, show=show), cores):
         if event["event"] == "progress":
@@ -289,6 +297,6 @@ def _preprocess(settings: Settings, cores: int, *, demo: bool, show: int = 0) ->
         elif event["event"] == "result":
             answer = event["result"]
     facts = Preprocessed.model_validate(answer)
-    for note in notes(settings, facts):
+    for note in data_notes(facts):
         warn(note)
     return facts

@@ -19,13 +19,12 @@ def balanced_note(batching: Batching) -> str:
     return f"cut evenly: {used} rows at most" if used < batching.micro_batch_size else ""
 
 
-def notes(settings: Settings, facts: Preprocessed) -> list[str]:
-    """Say what the user should know before it runs: random weights, rows cut, a tokenizer that knows too little."""
+def model_notes(settings: Settings, facts: Preprocessed) -> list[str]:
+    """Say which weights are random, and will be trained on little or not at all."""
     said: list[str] = []
-    data = facts.data
-    if data is None:
+    if facts.data is None:
         return said
-    if data.stage == "sft" and facts.model.random_weights:
+    if facts.data.stage == "sft" and facts.model.random_weights:
         said.append(
             f"fine-tuning (SFT) starts from RANDOM weights: {settings.model} is a preset, not a pretrained model; "
             "to start from one give its folder, --model DIR"
@@ -35,7 +34,13 @@ def notes(settings: Settings, facts: Preprocessed) -> list[str]:
             f"{', '.join(settings.freeze)} will stay RANDOM: {settings.model} is a preset, and what is frozen is not "
             "trained; to start from a pretrained model give its folder, --model DIR"
         )
-    for summary, name in ((data, "data"), (facts.validation, "validation")):
+    return said
+
+
+def data_notes(facts: Preprocessed) -> list[str]:
+    """Say which rows were cut, and whether the tokenizer knows too little of them."""
+    said: list[str] = []
+    for summary, name in ((facts.data, "data"), (facts.validation, "validation")):
         if summary is not None and summary.cuts:
             rules = ", ".join(f"{rule} {count:,}" for rule, count in summary.cuts.items())
             said.append(f"{name}: rows over the limit were cut, by rule: {rules} of {summary.rows:,}")
