@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from math import ceil
 
-from autotune.plan import Batching, LimitedBy
+from autotune.plan import Batching, Device, LimitedBy
 
 PADDING_MULTIPLE = 8
 """Rows are padded to one: few shapes, and whole tiles for the matrix units."""
+STARTING_TOKENS: dict[Device, int] = {"cpu": 256, "cuda": 4096}
+"""What a micro-batch costs to begin, in tokens: a card could compute on thousands while its kernels are started."""
 
 
 def share_of(samples: int, world_size: int, rank: int) -> int:

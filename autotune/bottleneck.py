@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple
 
-from autotune.plan import Plan
+from autotune.plan import Layout, Plan
 
 WINDOW = 32
 """Steps at the beginning and at the end of a run that are held against each other."""
@@ -15,11 +15,19 @@ WORTH_SAYING = 0.2
 """Share of the time below which nothing is said: something always takes the rest."""
 
 
+PADDED: dict[Layout, str] = {
+    "fixed": "--layout packed leaves little",
+    "sorted": "--layout packed leaves little, where the model keeps samples of a row apart",
+    "packed": "a larger --effective-batch-size fills rows better",
+}
+
+
 class Bottleneck(NamedTuple):
-    """What took a share of the time that the device could have computed in."""
+    """What took a share of what the device could have done."""
 
     share: float
     what: str
+    """A sentence, but for the share it begins with."""
     advice: str
 
 
@@ -61,30 +69,34 @@ def bottleneck(spent: Spent, plan: Plan) -> Bottleneck | None:
     """Return what took most of the time beside computing on real tokens, if that is worth a word."""
     if not spent.seconds:
         return None
+    work, speed = plan.workload, plan.speed
     found = [
+        Bottleneck(1 - spent.tokens / spent.padded_tokens, "of what was computed was padding", PADDED[work.layout]),
         Bottleneck(
-            spent.data_seconds / spent.seconds,
-            "waiting for data",
-            "a faster disk for the token store (XDG_CACHE_HOME), or fewer programs beside it",
+            spent.slowed, "of the last steps' time was not taken by the first", "heat, a power limit, or other programs"
         ),
-        Bottleneck(
-            1 - spent.tokens / spent.padded_tokens,
-            "padding",
-            "--layout packed leaves none" if plan.workload.layout == "fixed" else "a larger effective batch fills rows",
-        ),
-        Bottleneck(spent.slowed, "slowing down", "steps became slower: heat, a power limit, or other programs"),
     ]
-    if plan.speed is not None:
+    if plan.hardware.device == "cpu":  # a card computes one step while the next is laid out
+        found.append(
+            Bottleneck(
+                spent.data_seconds / spent.seconds,
+                "of the time went into waiting for data",
+                "a faster disk for the token store (XDG_CACHE_HOME), or fewer programs beside it",
+            )
+        )
+    if speed is not None:
+        starting = speed.alpha_seconds * spent.micro_batches / spent.seconds
+        updating = speed.update_seconds * spent.steps / spent.seconds
         found += [
             Bottleneck(
-                plan.speed.alpha_seconds * spent.micro_batches / spent.seconds,
-                "starting small micro-batches",
-                "fewer and larger ones, if memory has room: close other programs, or --loss-head chunked",
+                starting,
+                "of the time went into starting micro-batches",
+                "larger ones need memory: close other programs, or shorten rows"
+                if plan.batching.limited_by == "memory"
+                else "a larger --effective-batch-size makes them larger",
             ),
             Bottleneck(
-                plan.speed.update_seconds * spent.steps / spent.seconds,
-                "the optimizer",
-                "a larger --effective-batch-size takes fewer steps",
+                updating, "of the time went into the optimizer", "a larger --effective-batch-size takes fewer steps"
             ),
         ]
     most = max(found)

@@ -212,7 +212,7 @@ class StepShape(NamedTuple):
 
 
 def expected_shape(
-    lengths: Sequence[Histogram], layout: Layout, limits: tuple[int, ...], rows: int, share: int
+    lengths: Sequence[Histogram], layout: Layout, limits: tuple[int, ...], rows: int, share: int, starting_tokens: float
 ) -> StepShape:
     """Say what a layout makes of samples of these lengths, given by side.
 
@@ -225,7 +225,7 @@ def expected_shape(
 
     batches = padded = 0
     for samples in _drawn_steps(lengths, share):
-        arranged = arrange(samples, layout, rows, limits)
+        arranged = arrange(samples, layout, rows, limits, starting_tokens)
         batches += len(arranged)
         padded += sum(len(batch) * sum(padded_lengths(batch, samples, limits)) for batch in arranged)
     return StepShape(batches / SIMULATED_STEPS, padded / SIMULATED_STEPS)
@@ -235,7 +235,7 @@ def most_packed_rows(lengths: Sequence[Histogram], limits: tuple[int, ...], shar
     """Return the rows that a step of packed samples takes at most, of a few drawn at random."""
     from autotune.layout import arrange  # loads numpy
 
-    steps = (arrange(samples, "packed", share, limits) for samples in _drawn_steps(lengths, share))
+    steps = (arrange(samples, "packed", share, limits, 0) for samples in _drawn_steps(lengths, share))
     return max(sum(map(len, step)) for step in steps)
 
 
@@ -311,7 +311,9 @@ def forecast_run(
     rows, validation_tokens = batching.micro_batch_size, 0.0
     if validation is not None:
         of_a_step = min(validation.samples, batching.effective_batch_size)
-        shape = expected_shape(validation.lengths, workload.layout, workload.limits, rows, of_a_step)
+        shape = expected_shape(
+            validation.lengths, workload.layout, workload.limits, rows, of_a_step, workload.starting_tokens
+        )
         validation_tokens = shape.padded_tokens * validation.samples / of_a_step
     return forecast(
         data.samples,
@@ -329,12 +331,16 @@ def forecast_run(
 def step_shape(data: DataSummary, workload: Workload, batching: Batching) -> StepShape:
     """Say what a rank computes on in a step on this data."""
     share = largest_share(min(data.samples, batching.effective_batch_size), batching.world_size)
-    return expected_shape(data.lengths, workload.layout, workload.limits, batching.micro_batch_size, share)
+    return expected_shape(
+        data.lengths, workload.layout, workload.limits, batching.micro_batch_size, share, workload.starting_tokens
+    )
 
 
-def padding_share(data: DataSummary, layout: Layout, limits: tuple[int, ...], rows: int, share: int) -> float:
+def padding_share(
+    data: DataSummary, layout: Layout, limits: tuple[int, ...], rows: int, share: int, starting_tokens: float
+) -> float:
     """Return the share of padding in what a rank computes on, in a step of so many samples of this data."""
-    padded_tokens = expected_shape(data.lengths, layout, limits, rows, share).padded_tokens
+    padded_tokens = expected_shape(data.lengths, layout, limits, rows, share, starting_tokens).padded_tokens
     return max(0.0, 1 - data.tokens / data.samples * share / padded_tokens)
 
 

@@ -17,8 +17,6 @@ import numpy as np
 from autotune.batching import PADDING_MULTIPLE, balanced_cuts
 from autotune.plan import Layout
 
-STARTING_TOKENS = 256
-"""What a micro-batch costs to begin, in tokens, where that was not measured."""
 Lengths = Sequence[tuple[int, ...]]
 """Tokens of each sample by side: of the sequence, or of source and target."""
 Row = list[int]
@@ -26,7 +24,7 @@ Row = list[int]
 
 
 def arrange(
-    lengths: Lengths, layout: Layout, rows: int, limits: tuple[int, ...], starting_tokens: float = STARTING_TOKENS
+    lengths: Lengths, layout: Layout, rows: int, limits: tuple[int, ...], starting_tokens: float
 ) -> list[list[Row]]:
     """Lay out the samples of a step: micro-batches of rows, none over `rows` rows of the limits' tokens on any side.
 

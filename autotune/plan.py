@@ -51,6 +51,8 @@ class Workload(Fact):
     dropout: float | None
     """None leaves the model's own."""
     layout: Layout
+    starting_tokens: PositiveInt
+    """What a micro-batch costs to begin, in tokens: by that, layouts other than `fixed` are cut."""
     loss_head: LossHead
     attention: str
     compile: Switch

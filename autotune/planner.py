@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from typing import Literal, NoReturn
 
 from autotune.account import DRIFT, GIB, check_host, measured_account, state_bytes
@@ -27,6 +28,7 @@ from autotune.plan import (
     Trial,
     Workload,
 )
+from autotune.process import WorkerCrashedError
 from autotune.search import EXPLORED, is_safe, is_within
 
 FASTER = 1.05
@@ -56,11 +58,11 @@ class Planner:
     @property
     def evidence(self) -> Evidence:
         """What the plan rests on: replayed, it gives the same plan."""
-        return Evidence(
-            hardware=self._hardware,
-            request=self._request,
-            explored=tuple(exploration.explored for exploration in self._explorations),
-        )
+        explored = [exploration.explored for exploration in self._explorations]
+        # What this plan had no use for, another of the same may.
+        known = self._known.explored if self._known else ()
+        unused = [old for old in known if not any(alike(old.workload, new.workload) for new in explored)]
+        return Evidence(hardware=self._hardware, request=self._request, explored=(*explored, *unused))
 
     def make(self) -> Trials:
         """Yield each trial as it ends; raises NothingFitsError, with the changes that would fit."""
@@ -248,11 +250,10 @@ class Planner:
         other = self._explore(exploration.workload.model_copy(update={"compile": "on"}))
         other.report = exploration.report  # it computes the same
         self._explorations.append(other)
-        try:
-            if not other.has_verified(rows):
+        if not other.has_verified(rows) and not self._is_known_to_fail(other.workload):
+            # A compiler may be there and not compile this, or what it makes may crash: then there is no trial.
+            with suppress(ConfigurationError, WorkerCrashedError):
                 yield from other.try_size(rows)
-        except ConfigurationError:  # there is a compiler, and it does not compile this
-            return exploration
         if other.largest < rows:
             return exploration
         compiled = self._write(other, rows, limited_by)
@@ -263,6 +264,10 @@ class Planner:
         ]
         saved = plain.forecast.total_seconds - compiled.forecast.total_seconds
         return other if saved > REPAYS * compile_seconds(other.trial_of(rows)) else exploration
+
+    def _is_known_to_fail(self, workload: Workload) -> bool:
+        known = self._known.explored if self._known else ()
+        return any(alike(e.workload, workload) and not any(t.completed for t in e.trials) for e in known)
 
     @property
     def _budget_words(self) -> str:

@@ -197,7 +197,8 @@ def workload(case: Case, name: str, model: Any) -> Workload:
             "vocabulary_size": config.vocab_size,
             "max_seq_len": case.max_seq_len, "max_target_len": case.max_target_len, "precision": case.precision,
             "optimizer": "adamw", "gradient_checkpointing": case.checkpointing, "frozen": case.frozen, "dropout": None,
-            "layout": case.layout, "loss_head": "full", "attention": attention, "compile": "off",
+            "layout": case.layout, "starting_tokens": 256, "loss_head": "full", "attention": attention,
+            "compile": "off",
             "cpu_allocator": "tight", "tokenizer_fingerprint": None, "data_fingerprint": None,
         }
     )  # fmt: skip

@@ -6,7 +6,7 @@ import os
 import shutil
 from math import ceil
 
-from autotune.batching import PADDING_MULTIPLE, largest_share
+from autotune.batching import PADDING_MULTIPLE, STARTING_TOKENS, largest_share
 from autotune.errands import Preprocessed
 from autotune.errors import ConfigurationError
 from autotune.forecast import padding_share
@@ -56,7 +56,7 @@ def choose_layout(settings: Settings, facts: Preprocessed, limits: tuple[int, ..
         return settings.layout
     if facts.data is not None:
         together = min(facts.data.samples, TOGETHER)
-        if padding_share(facts.data, "fixed", limits, together, together) < WORTH_PACKING:
+        if padding_share(facts.data, "fixed", limits, together, together, 0) < WORTH_PACKING:
             return "fixed"
     return "packed" if packs else "sorted"
 
@@ -70,7 +70,7 @@ def choose_loss_head(settings: Settings, facts: Preprocessed, hardware: Hardware
     if settings.loss_head != "auto":
         return settings.loss_head
     rows = largest_share(settings.effective_batch_size, hardware.world_size)
-    limit = parse_bytes(settings.memory_limit) if settings.memory_limit else hardware.device_memory_free_bytes
+    limit = parse_bytes(settings.memory_limit) if settings.memory_limit else hardware.device_memory_total_bytes
     logits_bytes = rows * target_tokens * facts.model.vocabulary_size * BYTES_OF_LOGIT
     return "chunked" if facts.model.chunks and logits_bytes > limit * MUCH else "full"
 
@@ -82,7 +82,7 @@ def padding_by_layout(settings: Settings, facts: Preprocessed) -> dict[Layout, f
     share = min(data.samples, settings.effective_batch_size)
     rows = min(share, settings.batch_size_per_gpu or share)
     layouts: tuple[Layout, ...] = ("packed", "sorted", "fixed")
-    return {layout: padding_share(data, layout, limits, rows, share) for layout in layouts}
+    return {layout: padding_share(data, layout, limits, rows, share, STARTING_TOKENS["cpu"]) for layout in layouts}
 
 
 def step_limits(settings: Settings, facts: Preprocessed) -> tuple[int, ...]:

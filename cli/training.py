@@ -83,7 +83,7 @@ def _signals_to(worker: Worker) -> Iterator[list[int]]:
         if len(came) > 1:
             worker.kill()
             raise typer.Exit(128 + number)
-        say("stopping: finishing the step and saving the model; once more ends at once")
+        say("stopping: finishing the step, or the evaluation, and saving the model; once more ends at once")
         worker.interrupt()
 
     before = {number: signal.signal(number, take) for number in ENDINGS}

@@ -8,7 +8,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from autotune.batching import balanced_cuts, largest_share
+from autotune.batching import STARTING_TOKENS, balanced_cuts, largest_share
 from autotune.errands import Preprocess, Preprocessed, Recipe
 from autotune.errors import ConfigurationError
 from autotune.inputs import PlanInputs
@@ -76,6 +76,7 @@ def make_workload(settings: Settings, facts: Preprocessed, hardware: Hardware) -
         frozen=settings.freeze,
         dropout=settings.dropout,
         layout=choose_layout(settings, facts, limits),
+        starting_tokens=STARTING_TOKENS[hardware.device],
         loss_head=choose_loss_head(settings, facts, hardware, limits[-1]),
         attention=model.attention,
         compile="on" if settings.compile == "on" else "off",

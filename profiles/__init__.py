@@ -134,7 +134,7 @@ class Settings:
         "auto",
         "Memory",
         "The logits of all targets at once, or of a few hundred at a time: the same gradient in less memory. auto: in "
-        "chunks where the logits of a step could take a sixteenth of what is free.",
+        "chunks where the logits of a step could take a sixteenth of memory.",
     )
     compile: Literal["auto", "on", "off"] = _setting(
         "auto",

@@ -44,6 +44,7 @@ def workload(**changes: Any) -> Workload:
         "frozen": (),
         "dropout": None,
         "layout": "fixed",
+        "starting_tokens": 256,
         "loss_head": "full",
         "attention": "sdpa",
         "compile": "off",

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from autotune.batching import reach
 from autotune.errands import Preprocess, Train
+from trainer import loop as loop_room
 from trainer.data import Order, TokenStore, write_store
 from trainer.encode import Sample
 from trainer.loop import Best, train
@@ -215,6 +216,23 @@ def test_the_seconds_of_the_rows_come_to_those_of_the_loop(tmp_path: Path) -> No
     assert len(timed) == 4
     assert min(timed[1:]) > 0.3
     assert sum(timed) < whole
+
+
+def test_rows_that_are_read_a_step_late_are_the_same_rows_in_the_same_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a card, which computes a step while the next is laid out; a run that is stopped loses none."""
+    runs = []
+    for name, waits in (("at once", ("cpu",)), ("late", ())):
+        monkeypatch.setattr(loop_room, "WAITS", waits)
+        for asked in (99, 4):
+            seen: list[int] = []
+            errand = errand_of(tmp_path, recipe=recipe(epochs=2, eval_every=2), output_dir=str(tmp_path / name))
+            rows = train(errand, lambda seen=seen, asked=asked: seen.append(1) or len(seen) >= asked)
+            runs.append([(row["kind"], row["step"], row.get("loss")) for row in rows])
+    assert runs[0] == runs[2]
+    assert runs[1] == runs[3]
+    assert len(runs[1]) < len(runs[0])
 
 
 def test_epochs_differ_in_their_order() -> None:

@@ -239,6 +239,7 @@ def test_the_keys_of_the_other_sections_are_there_whatever_else_is() -> None:
         "frozen",
         "dropout",
         "layout",
+        "starting_tokens",
         "loss_head",
         "attention",
         "compile",

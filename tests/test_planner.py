@@ -763,3 +763,20 @@ def test_a_size_that_was_given_may_be_compiled_too() -> None:
     plan = compiling(Compiler(0.7), micro_batch_size=4).plan
     assert plan is not None
     assert (plan.workload.compile, plan.batching.micro_batch_size) == ("on", 4)
+
+
+def test_what_did_not_compile_is_not_tried_again() -> None:
+    first = compiling(Compiler(0.7, float("inf")))
+    again = compiling(machine := Compiler(0.7), known=first.evidence, offline=True)
+    assert machine.tried == []
+    assert again.plan is not None
+    assert again.plan.workload.compile == "off"
+
+
+def test_what_a_short_run_has_no_use_for_is_not_forgotten() -> None:
+    first = compiling(Compiler(0.7))
+    short = compiling(Compiler(0.7), samples=1000, known=first.evidence, offline=True)
+    again = compiling(machine := Compiler(0.7), known=short.evidence, offline=True)
+    assert machine.tried == []
+    assert again.plan is not None
+    assert again.plan.workload.compile == "on"

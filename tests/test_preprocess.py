@@ -453,3 +453,21 @@ def test_a_cache_that_cannot_be_written_is_an_error_of_the_machine(tmp_path: Pat
     with pytest.raises(MachineError, match="the cache cannot be written: Not a directory") as caught:
         run(errand(tmp_path, data).model_copy(update={"cache_dir": str(tmp_path / "file" / "cache")}))
     assert "XDG_CACHE_HOME" in caught.value.hint
+
+
+def test_a_full_disk_is_said_and_what_was_tokenized_is_kept(tmp_path: Path) -> None:
+    """By the largest file that this process may write: the kernel refuses as it does where a disk is full."""
+    resource = pytest.importorskip("resource")
+    rows = [{"text": f"the {i}th document has some words of its own, and ends here"} for i in range(3000)]
+    file = tmp_path / "many.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tokenizer = run(errand(tmp_path, file, limit=100)).tokenizer_dir
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, before[1]))
+    try:
+        with pytest.raises(MachineError, match="File too large") as error:
+            run(errand(tmp_path, file, tokenizer=tokenizer))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "XDG_CACHE_HOME" in str(error.value.hint)
+    assert facts(run(errand(tmp_path, file, tokenizer=tokenizer))).rows == 3000

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from autotune.errands import DRY_LENGTHS, DRY_MICRO_BATCHES, EXPLORING_LENGTHS, Dry, DryReport
-from autotune.plan import Layout, Timed, Timing
+from autotune.plan import Layout, Precision, Timed, Timing
 from trainer.data import Order, TokenStore
 from trainer.evaluate import totals
 from trainer.memory import PeakMeter, is_memory_error, prepare_heap, trim_heap
@@ -77,8 +77,19 @@ def take_dry_steps(errand: Dry) -> DryReport:
         evaluation_seconds=account.seconds["evaluation"],
         expected_peak_bytes=_expected_peak(state, errand, store, meter, peak) if store else None,
         inexact=inexact,
-        matrix_flops={precision: matrix_flops(device, precision) for precision in (workload.precision, "fp32")},
+        matrix_flops=_rates(device, workload.precision) if verified else {},
     )
+
+
+def _rates(device: torch.device, own: Precision) -> dict[Precision, float]:
+    """Measure how fast matrices are multiplied here; a device that has no room for them left says nothing."""
+    precisions: tuple[Precision, ...] = (own, "fp32")
+    try:
+        return {precision: matrix_flops(device, precision) for precision in dict.fromkeys(precisions)}
+    except (RuntimeError, MemoryError) as error:
+        if not is_memory_error(error):
+            raise
+        return {}
 
 
 def _step(state: TrainState, errand: Dry, share: float, account: Account) -> Timing:
@@ -137,7 +148,9 @@ def _time(
     for ids in np.resize(beginning[: REPEATS * samples], REPEATS * samples).reshape(REPEATS, samples):
         for way in list(taken) or ways:
             if errand.workload.compile == "on" and way not in taken:
+                before = time.perf_counter()
                 _run(state, errand, ids, *way, store)  # makes the kernels that are missing
+                began += time.perf_counter() - before
             in_time = time.perf_counter() - began < TIMED_SECONDS
             again = way in taken
             if not in_time and (len(taken) == 1 if again else taken):

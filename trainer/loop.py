@@ -24,6 +24,8 @@ from trainer.rate import token_flops
 from trainer.schedule import learning_rate_at, steps_in
 from trainer.step import TrainState, start, train_step
 
+WAITS = ("cpu",)
+"""Devices that compute while they are asked to: on others a step runs on while the next is laid out."""
 SAFER: tuple[Layout, ...] = ("sorted", "fixed")
 """What is taken where rows of several samples are not exact."""
 
@@ -163,7 +165,7 @@ def _steps(
     """Take steps and evaluate between them; a row is read when the device has begun the next step, where it can."""
     recipe, effective = errand.recipe, errand.plan.batching.effective_batch_size
     every = recipe.eval_every or (math.ceil(len(store) / effective) if evaluator.validation else total_steps)
-    epoch, waits, unread = 0, state.loss_scale.device.type == "cpu", None
+    epoch, waits, unread = 0, state.loss_scale.device.type in WAITS, None
     while state.step < total_steps:
         permutation = Order(len(store), recipe.seed, epoch)
         for first in range(0, len(store), effective):
@@ -183,7 +185,7 @@ def _steps(
                 ending = {"kind": "event", "event": "early_stopping", "step": state.step}
                 yield ending | {"evaluations": best.without} | best.told()
                 return
-            if ended or stop():
+            if ended or (evaluates and stop()):
                 return
         epoch += 1
 

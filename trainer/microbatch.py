@@ -85,7 +85,7 @@ def lay_out(
 def cut(ids: Sequence[int], rows: int, samples: Samples, workload: Workload) -> list[list[Row]]:
     """Say which samples share a micro-batch, and which of them a row."""
     lengths = [_lengths(i, samples, workload) for i in ids]
-    arranged = arrange(lengths, workload.layout, rows, workload.limits)
+    arranged = arrange(lengths, workload.layout, rows, workload.limits, workload.starting_tokens)
     return [[[ids[i] for i in row] for row in batch] for batch in arranged]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import astuple
 from itertools import chain, islice
@@ -23,7 +25,7 @@ from trainer.data import StoreFacts, StoreWriter, TokenStore
 from trainer.encode import Encoder, end_ids
 from trainer.fingerprints import keep_stamps, stamps
 from trainer.model import PRESETS, summarise
-from trainer.records import Block, Record, demo_files, demo_records, find_files, parse, read_blocks
+from trainer.records import Block, Record, demo_files, demo_records, find_files, held_out, parse, read_blocks
 from trainer.shards import Part, append, make_shards, useful_processes
 from trainer.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 
@@ -34,16 +36,37 @@ FORMAT = "2"
 """Changes when a store written by an older version would be read or cut in another way."""
 SUMMARY = "summary.json"
 SAVE_SECONDS = 1.0
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A disk, somebody's share of it, or the largest file there may be."""
 
 Report = Callable[[str, int], None]
 """Told what is being done and how many rows are done."""
 
 
 def preprocess(errand: Preprocess, report: Report) -> Preprocessed:
-    """Tokenize the data, or find it tokenized; count the model's parameters at the tokenizer's vocabulary."""
+    """Tokenize the data, or find it tokenized; count the model's parameters at the tokenizer's vocabulary.
+
+    Raises MachineError where the disk is full or a process is ended: what was tokenized is kept.
+    """
     if errand.data is None:
         return _without_data(errand)
-    source = Source(errand.data, errand.limit)
+    try:
+        return _with_data(errand, Source(errand.data, errand.limit), report)
+    except BrokenProcessPool:
+        raise MachineError(
+            "a process that tokenizes was ended from outside, as it is where memory runs out",
+            "close other programs, and start again: it goes on from where it was left",
+        ) from None
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise MachineError(
+            f"{errand.cache_dir}: {error.strerror}",
+            "free some of the disk, or set XDG_CACHE_HOME to a folder on another; it goes on from where it was left",
+        ) from None
+
+
+def _with_data(errand: Preprocess, source: Source, report: Report) -> Preprocessed:
     tokenizer = load_tokenizer(str(_tokenizer_folder(errand, source, report)))
     model = summarise(errand.model, len(tokenizer), errand.dropout, errand.freeze)
     _check_length(errand, model)
@@ -119,11 +142,13 @@ def _tokenizer_folder(errand: Preprocess, source: Source, report: Report) -> Pat
             raise ConfigurationError(f"{errand.model}: a model without a tokenizer.json", "give --tokenizer DIR")
         return Path(errand.model)
     size = summarise(errand.model, None, None).vocabulary_size
-    key = _key("tokenizer", *stamps(source.files), size, errand.limit)
+    share = errand.validation_split
+    key = _key("tokenizer", *stamps(source.files), size, errand.limit, *([share] if share else []))
     folder = Path(errand.cache_dir) / "tokenizers" / key
     if not (folder / "tokenizer.json").exists():
         with _whole(folder) as partial:
-            train_tokenizer(Counted(source.read(), "training a tokenizer", report), size, partial)
+            records = (r for r in source.read() if not share or not held_out(r, share))
+            train_tokenizer(Counted(records, "training a tokenizer", report), size, partial)
     return folder
 
 

@@ -18,7 +18,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def matrix_flops(device: torch.device, precision: Precision) -> float:
     """Return the floating-point operations a second of the fastest of a few dense matrix products."""
     side = SIDE.get(device.type, SIDE["cpu"])
-    left, right = (torch.ones(side, side, dtype=DTYPES[precision], device=device) for _ in range(2))
+    left, right = (torch.randn(side, side, device=device).to(DTYPES[precision]) for _ in range(2))
     fastest = min(_seconds(left, right, device) for _ in range(1 + REPEATS))
     return 2 * side**3 / fastest
 

@@ -32,7 +32,7 @@ from trainer.memory import is_memory_error
 from trainer.trace import trace
 
 OUT_OF_MEMORY_EXIT = 9
-NO_COMPILE = "leave --compile on out; it needs a C++ compiler on a processor, and Triton on a card"
+NO_COMPILE = "plan and train with --compile off; compiling takes a C++ compiler, and Triton on a card"
 PR_SET_PDEATHSIG = 1
 
 
@@ -60,21 +60,23 @@ def main() -> NoReturn:
     try:
         _do(errand, events)
     except UserError as error:
-        events.send("error", type=type(error).__name__, message=error.message, hint=error.hint)
-        _leave(error.exit_code)
+        _fail(events, error)
     except (RuntimeError, MemoryError) as error:
-        if is_compile_error(error):
-            line = str(error).strip().splitlines()[0]
-            events.send(
-                "error", type="ConfigurationError", message=f"it does not compile here: {line}", hint=NO_COMPILE
-            )
-            _leave(ConfigurationError.exit_code)
-        if not is_memory_error(error):
+        if is_memory_error(error):
+            traceback.print_exc()
+            events.send("out_of_memory", message=str(error).splitlines()[0] if str(error) else type(error).__name__)
+            _leave(OUT_OF_MEMORY_EXIT)
+        if not is_compile_error(error):
             raise
         traceback.print_exc()
-        events.send("out_of_memory", message=str(error).splitlines()[0] if str(error) else type(error).__name__)
-        _leave(OUT_OF_MEMORY_EXIT)
+        line = str(error).strip().splitlines()[0]
+        _fail(events, ConfigurationError(f"the model does not compile here: {line}", NO_COMPILE))
     _leave(0)
+
+
+def _fail(events: Events, error: UserError) -> NoReturn:
+    events.send("error", type=type(error).__name__, message=error.message, hint=error.hint)
+    _leave(error.exit_code)
 
 
 def _do(errand: Errand, events: Events) -> None:

@@ -143,7 +143,10 @@ def layout_line(plan: Plan, data: DataSummary | None) -> str:
         return LAYOUTS[layout]
     batching, limits = plan.batching, plan.workload.limits
     share = largest_share(min(data.samples, batching.effective_batch_size), batching.world_size)
-    padding, plain = (padding_share(data, x, limits, batching.micro_batch_size, share) for x in (layout, "fixed"))
+    padding, plain = (
+        padding_share(data, x, limits, batching.micro_batch_size, share, plan.workload.starting_tokens)
+        for x in (layout, "fixed")
+    )
     return f"{LAYOUTS[layout]}: {padding:.0%} padding" + f" (plain rows {plain:.0%})" * (layout != "fixed")
 
 

@@ -38,7 +38,8 @@ def print_run(progress: RunProgress, plan: Plan) -> None:
 
 def _utilization(progress: RunProgress, plan: Plan) -> str:
     """Say which share of the device's own rate the steps came to, on real tokens."""
-    rate = plan.speed.matrix_flops.get(plan.workload.precision) if plan.speed else None
+    measured = plan.speed if plan.evidence.kind != "estimated" else None
+    rate = measured.matrix_flops.get(plan.workload.precision) if measured else None
     if not rate:
         return ""
     return (
@@ -49,7 +50,7 @@ def _utilization(progress: RunProgress, plan: Plan) -> str:
 
 def _waiting(progress: RunProgress, plan: Plan) -> str:
     found = bottleneck(progress.spent, plan)
-    return f"slowest part: {found.share:.0%} of the time went into {found.what}; {found.advice}" if found else ""
+    return f"slowest part: {found.share:.0%} {found.what}; {found.advice}" if found else ""
 
 
 def _against(row: dict[str, Any]) -> str:
