@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from math import isqrt
@@ -107,8 +108,9 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in self._files:
-            file.close()
+        with ExitStack() as all_of_them:  # also where one has still to be written, to a disk that is full
+            for file in self._files:
+                all_of_them.callback(file.close)
 
     def append(self, packed: Packed) -> None:
         """Write samples behind those that are there."""

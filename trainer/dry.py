@@ -52,9 +52,9 @@ def take_dry_steps(errand: Dry) -> DryReport:
     torch.manual_seed(0)
     model = build_for(workload, None, device)
     account = Account(meter)
-    # Held while a micro-batch runs, whatever its size: gradients and the optimizer's state come to what there is now.
-    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    resident = meter.held_bytes() + gradients + workload.optimizer_state_bytes
+    # Held while a micro-batch runs, whatever its size: gradients and two moments (AdamW's) come to what there is now.
+    kept = 3 if workload.optimizer == "adamw" else 1
+    resident = meter.held_bytes() + kept * sum(p.nbytes for p in model.parameters() if p.requires_grad)
     inexact = _inexact(model, errand)
     state = start(model, workload, weight_decay=0.1)
     timings: list[Timing] = []

@@ -185,7 +185,7 @@ def _steps(
                 ending = {"kind": "event", "event": "early_stopping", "step": state.step}
                 yield ending | {"evaluations": best.without} | best.told()
                 return
-            if ended or (evaluates and stop()):
+            if ended or (unread is None and stop()):
                 return
         epoch += 1
 
