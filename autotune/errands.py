@@ -54,6 +54,9 @@ class DataSummary(Fact):
     store: str
     """Folder of the token store."""
     fingerprint: str
+    """Of the files as they lie there, the tokenizer and the rules."""
+    contents: str
+    """Hash of the samples themselves, whatever the files are called."""
     stage: Stage
     rows: int
     samples: int
@@ -230,6 +233,25 @@ class Recipe(Fact):
     """Of the user's own, beside them."""
 
 
+class Saving(Fact):
+    """When a run is saved, beside its end, a wish to stop, and an evaluation that is the best so far."""
+
+    every_steps: PositiveInt | None
+    every_seconds: Annotated[float, Field(gt=0)] | None
+    each_epoch: bool
+    keep_last: PositiveInt
+    """Checkpoints that stay; never fewer than two, and the best."""
+
+
+class Resume(Fact):
+    """Where a run goes on from."""
+
+    place: str
+    """A checkpoint, or the folder of a run: of it the newest checkpoint that is whole."""
+    weights_only: bool
+    """Whether to begin anew, from its weights."""
+
+
 class Train(Fact):
     """Train a plan."""
 
@@ -241,6 +263,10 @@ class Train(Fact):
     tokenizer_dir: str
     ids: TokenIds
     output_dir: str
+    data_contents: str
+    """Hash of the samples (`DataSummary.contents`)."""
+    saving: Saving
+    resume: Resume | None
     tensorboard: bool
     """Whether rows of metrics also go where TensorBoard reads them."""
 

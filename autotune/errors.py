@@ -23,6 +23,12 @@ class NothingFitsError(UserError):
     exit_code = 1
 
 
+class TrainingFailedError(UserError):
+    """A run that cannot go on as it is: its numbers are none."""
+
+    exit_code = 1
+
+
 class ConfigurationError(UserError):
     """An option, a profile, a model or a plan that cannot be obeyed."""
 
@@ -48,6 +54,14 @@ class RunExistsError(UserError):
 
 
 KINDS: dict[str, type[UserError]] = {
-    kind.__name__: kind for kind in (NothingFitsError, ConfigurationError, DataError, MachineError, RunExistsError)
+    kind.__name__: kind
+    for kind in (
+        NothingFitsError,
+        TrainingFailedError,
+        ConfigurationError,
+        DataError,
+        MachineError,
+        RunExistsError,
+    )
 }
 """The types by name, for an error that crosses from the worker to the supervisor as JSON."""

@@ -61,10 +61,16 @@ POLL_SECONDS = 0.02
 class Worker:
     """One worker: give it its errand, iterate for its events, then ask how it ended. Leaving the context ends it.
 
-    It starts at once, and imports what it needs while it waits for its errand.
+    It starts at once, and imports what it needs while it waits for its errand. What it inherits are descriptors.
     """
 
-    def __init__(self, cores: int, allocator: CpuAllocator = "fast", log: IO[bytes] | None = None) -> None:
+    def __init__(
+        self,
+        cores: int,
+        allocator: CpuAllocator = "fast",
+        log: IO[bytes] | None = None,
+        inherits: tuple[int, ...] = (),
+    ) -> None:
         self.allocator, self._own_log = allocator, log is None
         self._log: IO[bytes] = log or TemporaryFile()  # noqa: SIM115 # closed when the worker is left
         environment = {
@@ -89,6 +95,7 @@ class Worker:
             stderr=self._log,
             env=environment,
             start_new_session=True,
+            pass_fds=inherits if os.name == "posix" else (),
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
         self._reader = threading.Thread(target=self._read, daemon=True)

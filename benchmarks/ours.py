@@ -13,7 +13,7 @@ from pathlib import Path
 
 from reports import Reports
 
-from autotune.errands import Recipe, TokenIds, Train
+from autotune.errands import Recipe, Saving, TokenIds, Train
 from autotune.hardware import read_hardware
 from autotune.inputs import PlanInputs
 from autotune.measure import Workers
@@ -49,6 +49,8 @@ def main() -> None:
     train = Train(
         plan=plan, recipe=recipe, store=f"{folder}/store", validation_store=None, tokenizer_dir=f"{folder}/tokenizer",
         ids=TokenIds(pad=0, eos=1, bos=None), output_dir=f"{folder}/run", tensorboard=False,
+        data_contents="", resume=None,
+        saving=Saving(every_steps=None, every_seconds=None, each_epoch=False, keep_last=2),
     )  # fmt: skip
     with Worker(plan.hardware.cores, plan.workload.cpu_allocator) as worker:
         worker.give(train)

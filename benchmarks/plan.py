@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autotune.account import LIBRARIES_BYTES, process_bytes
-from autotune.errands import Dry, Recipe, TokenIds, TraceReport, Train
+from autotune.errands import Dry, Recipe, Saving, TokenIds, TraceReport, Train
 from autotune.evidence import fit
 from autotune.hardware import read_hardware
 from autotune.inputs import PlanInputs
@@ -342,7 +342,9 @@ def train(plan: Plan, folder: Path, shares: tuple[float, ...]) -> int:
     errand = Train(
         plan=plan.model_copy(update={"batching": batching}), recipe=RECIPE, store=str(folder / "train"),
         validation_store=str(folder / "validation"), tokenizer_dir=str(folder / "tokenizer"),
-        ids=TokenIds(pad=0, eos=1, bos=None), output_dir=str(folder / "run"),
+        ids=TokenIds(pad=0, eos=1, bos=None), output_dir=str(folder / "run"), tensorboard=False,
+        data_contents="", resume=None,
+        saving=Saving(every_steps=None, every_seconds=None, each_epoch=False, keep_last=2),
     )  # fmt: skip
     with Worker(plan.hardware.cores, work.cpu_allocator) as worker:
         worker.give(errand)

@@ -14,7 +14,7 @@ from cli.options import SettingsCommand, takes_settings
 INTERNAL_ERROR = 70
 EXIT_CODES = (
     "Exit codes: 0 ok; 1 nothing fits; 2 usage or configuration; 3 data; 4 device or disk; 5 output folder in use; "
-    "70 internal error; 130, 143 ended by a signal, model saved."
+    "70 internal error; 75 stopped and saved: go on with --resume; 130, 143 ended by a signal."
 )
 
 chatlm = typer.Typer(
@@ -123,6 +123,16 @@ def train(
     plan_file: Annotated[str | None, typer.Option("--plan", help="Train a plan made earlier.", metavar="FILE")] = None,
     profile: Profile = None,
     config: Config = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint of the run, to the bit.")
+    ] = False,
+    resume_from: Annotated[
+        str | None,
+        typer.Option("--resume-from", help="The same, from this checkpoint, or this run.", metavar="DIR"),
+    ] = None,
+    resume_weights_only: Annotated[
+        bool, typer.Option("--resume-weights-only", help="Begin a new run, from the weights there alone.")
+    ] = False,
     show_config: ShowConfig = False,
     no_cache: NoCache = False,
     offline: Offline = False,
@@ -130,10 +140,17 @@ def train(
 ) -> None:
     """Train a model, and leave one that transformers loads."""
     from cli.commands import Remembering, train_command
+    from cli.runs import Resuming
 
-    remembering = Remembering(not no_cache, offline)
     train_command(
-        given, profile, config, auto=auto, plan_file=plan_file, show_config=show_config, remembering=remembering
+        given,
+        profile,
+        config,
+        auto=auto,
+        plan_file=plan_file,
+        show_config=show_config,
+        remembering=Remembering(not no_cache, offline),
+        resuming=Resuming(resume, resume_from, resume_weights_only),
     )
 
 

@@ -12,7 +12,7 @@ from autotune import cache
 from autotune.account import check_room, set_budget
 from autotune.cards import find_rates
 from autotune.errands import DataSummary, Preprocessed
-from autotune.errors import ConfigurationError
+from autotune.errors import ConfigurationError, NothingFitsError
 from autotune.estimate import estimate
 from autotune.evidence import alike
 from autotune.hardware import imagine_hardware, read_hardware
@@ -22,6 +22,7 @@ from autotune.plan import Hardware, Plan, Rates, Workload
 from autotune.planner import Planner
 from autotune.process import ask
 from cli.choices import padding_by_layout
+from cli.lock import hold
 from cli.options import as_arguments
 from cli.render.console import print_json, say, warn
 from cli.render.data import data_line, print_data, sides
@@ -31,12 +32,13 @@ from cli.render.plan import batch_line, layout_line, print_plan
 from cli.render.settings import print_config
 from cli.render.units import count
 from cli.render.whatif import print_varied
-from cli.runs import make_folder, run_folder, write_run
+from cli.runs import Resuming, RunPlace, check_disk, find_run, write_run
 from cli.training import Job, train
 from cli.whatif import Stage, longest_asked, parse_lever
 from cli.wiring import (
     cache_dir,
     check_reporting,
+    check_same_hardware,
     fit_plan,
     make_inputs,
     make_request,
@@ -200,21 +202,45 @@ def train_command(
     plan_file: str | None,
     show_config: bool,
     remembering: Remembering,
+    resuming: Resuming,
 ) -> None:
-    """Plan unless there is a plan, then train it."""
+    """Plan unless there is a plan, then train it, from the beginning or from a checkpoint."""
     resolved = resolve(given, config, profile)
     if show_config:
         print_config(resolved)
         return
     check_reporting(resolved.settings)
-    folder = run_folder(resolved.settings)
-    job = _planned(resolved, plan_file) if plan_file else _plan_job(resolved, remembering, auto=auto)
-    make_folder(folder, job.facts.model, job.hardware)
-    write_run(folder, resolved, job.settings, job.plan, job.evidence)
-    assert job.facts.data is not None
-    say(f"data: {data_line(job.facts.data)}; {layout_line(job.plan, job.facts.data)}")
-    say(f"{batch_line(job.plan)}; run in {folder}")
-    train(job, folder)
+    run = find_run(resolved.settings, resuming)
+    with hold(run.folder) as lock:
+        if resuming and run.resume is None:
+            say(f"{run.folder} has no checkpoint: beginning at the start")
+        if plan_file:
+            job = _planned(resolved, read_plan(plan_file))
+        else:
+            job = _plan_of(run, resolved) or _plan_job(resolved, remembering, auto=auto)
+        check_disk(run.folder, job.plan, job.settings.keep_last, job.hardware)
+        write_run(run.folder, resolved, job.settings, job.plan, job.evidence)
+        assert job.facts.data is not None
+        say(f"data: {data_line(job.facts.data)}; {layout_line(job.plan, job.facts.data)}")
+        say(f"{batch_line(job.plan)}; run in {run.folder}")
+        typed = as_arguments(
+            {name: value for name, value in (("profile", profile), ("config", config), ("plan", plan_file)) if value}
+            | given
+            | {"output_dir": str(run.folder)}
+        )
+        again = shlex.join(["chatlm", "train", *["--auto"] * auto, *typed, "--resume"])
+        train(job, run, lock, again)
+
+
+def _plan_of(run: RunPlace, resolved: Resolved) -> Job | None:
+    """Obey the plan of the run that goes on, so that it goes on to the bit; None where it cannot be, which is said."""
+    if run.plan_file is None:
+        return None
+    try:
+        return _planned(resolved, read_plan(str(run.plan_file)), as_it_was=True)
+    except (ConfigurationError, NothingFitsError) as error:
+        say(f"the run's own plan cannot be gone on with: {error.message}; planning anew, for the same samples")
+        return None
 
 
 def _plan_job(resolved: Resolved, remembering: Remembering, *, auto: bool) -> Job:
@@ -224,10 +250,12 @@ def _plan_job(resolved: Resolved, remembering: Remembering, *, auto: bool) -> Jo
     return Job(resolved.settings, facts, planner.plan.hardware, planner.plan, evidence)
 
 
-def _planned(resolved: Resolved, plan_file: str) -> Job:
-    plan = read_plan(plan_file)
+def _planned(resolved: Resolved, plan: Plan, *, as_it_was: bool = False) -> Job:
+    """Take a plan that was made before, here or elsewhere, or, to go on, on hardware that must be the same."""
     settings = settings_of_plan(plan, resolved)
     hardware = _read_hardware(settings)
+    if as_it_was:
+        check_same_hardware(plan, hardware)
     limit, headroom = memory_wishes(settings)
     check_room(plan, set_budget(hardware, limit, headroom))
     facts = _preprocess(settings, hardware.cores, demo=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -50,6 +51,45 @@ def _shortened(text: str) -> str:
     return line if len(line) <= SHOWN else line[: SHOWN - 3] + "..."
 
 
+def resumed_lines(row: Metrics) -> list[str]:
+    """Say what a run goes on from, what of it was verified, and what is not as it was."""
+    how = "its weights alone" if row["weights_only"] else f"step {row['step']}"
+    lines = [f"{name}, so it is passed over" for name in row["damaged"]]
+    lines.append(f"going on from {row['checkpoint']}, {how}: {gib(row['verified_bytes'])} verified to the byte")
+    if row["changed"]:
+        lines.append(f"changed since it was saved: {', '.join(row['changed'])}")
+    if not row["same_plan"]:
+        lines.append("under another plan: the same samples go into every step, losses may differ in their last digits")
+    return lines
+
+
+def out_of_memory_lines(row: Metrics) -> list[str]:
+    """Say that memory ran out in spite of the plan, and what became of it."""
+    if row["where"] == "answers":
+        return [f"step {row['step']}: no memory for answers ({row['message']}): left out this time"]
+    if row["rows_now"] is None:
+        return []
+    return [
+        f"step {row['step']}: memory ran out in the {row['where']} ({row['message']}); taken again in micro-batches of "
+        f"{row['rows_now']} rows instead of {row['rows']}, with the same samples"
+    ]
+
+
+def spike_lines(row: Metrics) -> list[str]:
+    """Say what leapt."""
+    names = [name for name in ("loss", "gradient_norm") if name in row]
+    leapt = " and ".join(f"{name.replace('_', ' ')} {row[name]:.4g} (mean {row[f'mean_{name}']:.4g})" for name in names)
+    return [f"step {row['step']}: a leap in {leapt}"]
+
+
+EVENTS: dict[str, Callable[[Metrics], list[str]]] = {
+    "resumed": resumed_lines,
+    "out_of_memory": out_of_memory_lines,
+    "spike": spike_lines,
+    "save_failed": lambda row: [f"step {row['step']}: {row['message']}; training goes on"],
+}
+
+
 class RunProgress:
     """Shows the rows of a run as they come, and remembers the few that its summary needs."""
 
@@ -58,7 +98,9 @@ class RunProgress:
         self.last_loss: float | None = None
         self.validation_loss: float | None = None
         self.peak_bytes = 0
-        self.steps = self.tokens = self.skipped = 0
+        self.steps = self.tokens = self.skipped = self.saved = 0
+        self._own_steps = 0
+        """Of this process, which a run that goes on has begun with some behind it."""
         self.seconds = self.flops_share = 0.0
         self.spent = Spent()
         self.against: Metrics = {}
@@ -119,13 +161,19 @@ class RunProgress:
             self._print(f"step {row['step']}: early stopping, the last {row['evaluations']} losses were not {best}")
         elif row["event"] == "plan_against_real":
             self.against = row
+        elif row["event"] == "checkpoint":
+            self.saved = row["step"]
+        elif row["event"] in EVENTS:
+            for line in EVENTS[row["event"]](row):
+                self._print(line)
         else:
             self.ended, self.model = row["event"], row.get("model", "")
             self.best = row if "best_step" in row else {}
 
     def _show_step(self, row: Metrics) -> None:
-        if not self.steps:
+        if not self._own_steps:
             self.first_loss = row["loss"]
+        self._own_steps += 1
         self.steps, self.last_loss = row["step"], row["loss"]
         self.tokens += row["tokens"]
         self.seconds += row["seconds"]
@@ -133,14 +181,14 @@ class RunProgress:
         names = ("seconds", "data_seconds", "tokens", "padded_tokens", "micro_batches")
         self.spent.add(*(row[name] for name in names))
         self.peak_bytes = max(self.peak_bytes, row["peak_memory_bytes"])
-        left = (self._total - self.steps) * self.seconds / self.steps
+        left = (self._total - self.steps) * self.seconds / self._own_steps
         text = (
             f"loss {number(row['loss'], '.4f')}  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
             f"peak {gib(self.peak_bytes)}  ETA {duration(left)}"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=self.steps, description=text)
-        elif self.steps in (1, self._total) or time.monotonic() - self._told >= QUIET_SECONDS:
+        elif self._own_steps == 1 or self.steps == self._total or time.monotonic() - self._told >= QUIET_SECONDS:
             self._told = time.monotonic()
             say(f"step {self.steps}/{self._total}  {text}")
 

@@ -1,14 +1,16 @@
-"""The folder of a run: which it is, whether it can be written, and what the run was given."""
+"""The folder of a run: which it is, what it goes on from, whether it has room, and what the run was given."""
 
 from __future__ import annotations
 
+import glob
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autotune.errands import ModelSummary
-from autotune.errors import MachineError, RunExistsError
+from autotune.errands import Resume
+from autotune.errors import ConfigurationError, MachineError, RunExistsError
 from autotune.plan import Hardware, Plan
 from cli.wiring import LEARNING_RATES
 from profiles import Resolved, Settings
@@ -18,29 +20,87 @@ OF_THIS_RUN = ("plan", "this run")
 """Origins of what the run alone decided."""
 
 
-def run_folder(settings: Settings) -> Path:
-    """Return the folder of the run; raises RunExistsError for one that holds a run."""
-    name = f"{Path(settings.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(settings.output_dir or Path("runs") / name)
+@dataclass(frozen=True)
+class Resuming:
+    """What was said of going on."""
+
+    resume: bool
+    place: str | None
+    """A checkpoint, or a run, that was named."""
+    weights_only: bool
+
+    def __bool__(self) -> bool:
+        return self.resume or self.place is not None
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """The folder of a run, and what it goes on from, if it does."""
+
+    folder: Path
+    resume: Resume | None
+
+    @property
+    def plan_file(self) -> Path | None:
+        """The plan of the run that is gone on from, whose numbers are to be had again; None where there is none."""
+        if self.resume is None or self.resume.weights_only:
+            return None
+        file = run_of(Path(self.resume.place)) / "plan.json"
+        return file if file.exists() else None
+
+
+def find_run(settings: Settings, resuming: Resuming) -> RunPlace:
+    """Return the folder of the run; raises RunExistsError for one that holds a run, unless it is to go on."""
+    if resuming.weights_only and resuming.place is None:
+        raise ConfigurationError("--resume-weights-only says how, not from what", "give --resume-from FOLDER too")
+    if resuming.place is not None:
+        return _named(settings, resuming)
+    folder = Path(settings.output_dir or (_newest(settings) if resuming else None) or _new(settings))
+    if resuming and any((folder / "checkpoints").glob("step-*")):
+        return RunPlace(folder, Resume(place=str(folder), weights_only=False))
     metrics = folder / "metrics.jsonl"
-    if (folder / "model").exists() or (metrics.exists() and metrics.stat().st_size):
-        raise RunExistsError(f"{folder} already holds a run", "give another --output-dir, or move that folder away")
-    return folder
+    if not resuming and ((folder / "model").exists() or (metrics.exists() and metrics.stat().st_size)):
+        raise RunExistsError(f"{folder} already holds a run", "go on with it: --resume; or give another --output-dir")
+    return RunPlace(folder, None)
 
 
-def make_folder(folder: Path, model: ModelSummary, hardware: Hardware) -> None:
-    """Make the folder of the run; raises MachineError where it cannot be made, or the model would not fit the disk."""
-    needed = 2 * 4 * model.parameters + 16 * MIB
+def _named(settings: Settings, resuming: Resuming) -> RunPlace:
+    place = Path(resuming.place or "")
+    if not place.is_dir():
+        raise ConfigurationError(f"{place}: no such folder", "give a run's folder, or one of its checkpoints")
+    if resuming.weights_only:
+        folder = find_run(settings, Resuming(resume=False, place=None, weights_only=False)).folder
+    else:
+        folder = Path(settings.output_dir or run_of(place))
+    return RunPlace(folder, Resume(place=str(place), weights_only=resuming.weights_only))
+
+
+def run_of(place: Path) -> Path:
+    """Return the folder of the run that a checkpoint is of, or which it is itself."""
+    place = place.absolute()
+    return place.parent.parent if place.name.startswith("step-") else place
+
+
+def _new(settings: Settings) -> Path:
+    return Path("runs") / f"{Path(settings.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _newest(settings: Settings) -> Path | None:
+    """Return the newest run of this model, where no folder was named; their names end in their dates."""
+    return max(Path("runs").glob(f"{glob.escape(Path(settings.model).name)}-????????-??????"), default=None)
+
+
+def check_disk(folder: Path, plan: Plan, keep_last: int, hardware: Hardware) -> None:
+    """Raise MachineError where the disk has no room for the checkpoints that stay, one under way, and two models."""
+    workload = plan.workload
+    model = 4 * workload.parameters
+    needed = (max(2, keep_last) + 2) * (model + workload.optimizer_state_bytes) + 2 * model + 16 * MIB
     if hardware.disk_free_bytes < needed:
         raise MachineError(
             f"the disk of {folder} has {hardware.disk_free_bytes / MIB:,.0f} MiB free, "
-            f"saving the model takes {needed / MIB:,.0f} MiB",
-            "free some, or give an --output-dir on another disk",
+            f"checkpoints and models take {needed / MIB:,.0f} MiB",
+            "free some, keep fewer with --keep-last 2, or give an --output-dir on another disk",
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MachineError(f"{folder}: {error.strerror}", "give an --output-dir that can be written") from None
 
 
 def write_run(folder: Path, resolved: Resolved, settings: Settings, plan: Plan, evidence: str | None) -> None:

@@ -6,7 +6,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 import typer
@@ -19,11 +18,14 @@ from cli.progress import RunProgress
 from cli.render.console import say
 from cli.render.run import print_run
 from cli.render.units import gib
-from cli.wiring import make_recipe
+from cli.runs import RunPlace
+from cli.wiring import make_recipe, make_saving
 from profiles import Settings
 
-ENDINGS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-"""Signals after which a run is saved; a terminal that is closed sends the last."""
+ENDINGS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, n)]
+"""Signals after which a run is saved: a queue that wants its machine back sends SIGUSR1, a closed terminal SIGHUP."""
+STOPPED = 75
+"""Exit code of a run that can go on: EX_TEMPFAIL of sysexits.h."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,12 @@ class Job:
     evidence: str | None
 
 
-def train(job: Job, folder: Path) -> None:
-    """Run the worker to its end, showing its rows; a signal lets it finish its step and save."""
-    facts = job.facts
+def train(job: Job, run: RunPlace, lock: int, again: str) -> None:
+    """Run the worker to its end, showing its rows; a signal lets it finish its step and save.
+
+    The worker holds the run's folder too, by `lock`; `again` is the command that goes on after a stop.
+    """
+    facts, folder = job.facts, run.folder
     assert facts.data is not None
     assert facts.tokenizer_dir is not None
     assert facts.ids is not None
@@ -51,12 +56,15 @@ def train(job: Job, folder: Path) -> None:
         tokenizer_dir=facts.tokenizer_dir,
         ids=facts.ids,
         output_dir=str(folder),
+        data_contents=facts.data.contents,
+        saving=make_saving(job.settings),
+        resume=run.resume,
         tensorboard=job.settings.report_to == "tensorboard",
     )
     allocator = job.plan.workload.cpu_allocator
     with (
-        (folder / "log.txt").open("w+b") as log,
-        Worker(job.hardware.cores, allocator, log) as worker,
+        (folder / "log.txt").open("a+b" if run.resume else "w+b") as log,
+        Worker(job.hardware.cores, allocator, log, (lock,)) as worker,
         _signals_to(worker) as signals,
         RunProgress() as progress,
     ):
@@ -69,7 +77,10 @@ def train(job: Job, folder: Path) -> None:
         if not progress.ended and (progress.steps or not signals):
             raise _unexpected_end(worker, job.plan, progress)
     print_run(progress, job.plan)
-    if signals:
+    if progress.ended == "stopped":
+        say(f"go on with:  {again}")
+        raise typer.Exit(STOPPED)
+    if signals and not progress.steps:
         raise typer.Exit(128 + signals[0])
 
 
@@ -83,7 +94,7 @@ def _signals_to(worker: Worker) -> Iterator[list[int]]:
         if len(came) > 1:
             worker.kill()
             raise typer.Exit(128 + number)
-        say("stopping: finishing the step, or the evaluation, and saving the model; once more ends at once")
+        say("stopping: finishing the step and saving; once more ends at once")
         worker.interrupt()
 
     before = {number: signal.signal(number, take) for number in ENDINGS}
@@ -95,11 +106,12 @@ def _signals_to(worker: Worker) -> Iterator[list[int]]:
 
 
 def _no_longer_fits(plan: Plan, progress: RunProgress, message: str) -> UserError:
+    saved = f"; go on from step {progress.saved} with --resume" if progress.saved else ""
     peak = plan.memory.measured_peak_bytes or plan.memory.predicted_peak_bytes
     return NothingFitsError(
         f"memory ran out after step {progress.steps} ({message}); the plan says a peak of "
         f"{gib(peak)} of {gib(plan.memory.limit_bytes)} free then",
-        "another program has taken memory since: close it, or plan again with --auto",
+        f"another program has taken memory since: close it, or plan again with --auto{saved}",
     )
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from autotune.batching import STARTING_TOKENS, balanced_cuts, largest_share
-from autotune.errands import Preprocess, Preprocessed, Recipe
+from autotune.errands import Preprocess, Preprocessed, Recipe, Saving
 from autotune.errors import ConfigurationError
 from autotune.inputs import PlanInputs
 from autotune.plan import Hardware, Plan, Request, Workload
 from cli.choices import choose_layout, choose_loss_head, choose_precision, has_compiler, step_limits
-from profiles import Resolved, Settings, parse_bytes, parse_headroom
+from profiles import Resolved, Settings, parse_bytes, parse_every, parse_headroom
 
+SAVE_SECONDS = 30.0 * 60
 LEARNING_RATES = {"pretrain": 5e-4, "sft": 1e-4}
 
 
@@ -174,6 +175,17 @@ def make_recipe(settings: Settings, stage: str) -> Recipe:
     )
 
 
+def make_saving(settings: Settings) -> Saving:
+    """Say when to save; raises ConfigurationError for what is neither steps nor a time."""
+    steps, seconds = parse_every(settings.save_every) if settings.save_every else (None, SAVE_SECONDS)
+    return Saving(
+        every_steps=steps,
+        every_seconds=seconds,
+        each_epoch=settings.save_every is None,
+        keep_last=settings.keep_last,
+    )
+
+
 def read_plan(file: str) -> Plan:
     """Read a plan; raises ConfigurationError for what is none."""
     try:
@@ -215,6 +227,14 @@ def settings_of_plan(plan: Plan, resolved: Resolved) -> Settings:
                 f"the plan has {name} {planned}, {resolved.origins[name]} {typed}", "leave it out, or plan again"
             )
     return Settings(**{**vars(resolved.settings), **values})
+
+
+def check_same_hardware(plan: Plan, hardware: Hardware) -> None:
+    """Raise ConfigurationError where a plan was made for another device: its numbers would be others here."""
+    for name in ("device_name", "world_size"):
+        then, now = getattr(plan.hardware, name), getattr(hardware, name)
+        if then != now:
+            raise ConfigurationError(f"it is for {name.replace('_', ' ')} {then}, here it is {now}")
 
 
 def fit_plan(plan: Plan, facts: Preprocessed) -> Plan:

@@ -18,6 +18,7 @@ from autotune.errors import ConfigurationError
 from profiles.names import ours
 
 FOLDER = Path(__file__).parent
+SECONDS = {"s": 1, "m": 60, "h": 3600}
 UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -152,6 +153,14 @@ class Settings:
     report_to: Literal["none", "tensorboard"] = _setting(
         "none", "Output", "Also write the run for TensorBoard, into its folder; metrics.jsonl is always there."
     )
+    save_every: str | None = _setting(
+        None,
+        "Output",
+        "Save a checkpoint after so many steps, or so much time, such as 500 or 10m; each epoch and every 30 minutes "
+        "where not given. One is saved at the end, at a stop and at the best evaluation too.",
+        "STEPS|TIME",
+    )
+    keep_last: int = _setting(3, "Output", "Checkpoints that stay; two at least, and that of the best evaluation.", "N")
     output_dir: str | None = _setting(None, "Output", "Folder of the run (default runs/MODEL-DATE).", "DIR")
 
 
@@ -241,6 +250,15 @@ def parse_headroom(text: str) -> float:
     return float(size) if size >= 1 else float(text)
 
 
+def parse_every(text: str) -> tuple[int | None, float | None]:
+    """Read how often to save: steps (`500`), or seconds (`90s`, `10m`, `2h`); the other one is None."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([smh]?)\s*", text)
+    number = float(match[1]) if match else 0.0
+    if match is None or not number or (not match[2] and number != int(number)):
+        raise ConfigurationError(f"{text!r} is no number of steps, and no time", "write it like 500, or 10m")
+    return (None, number * SECONDS[match[2]]) if match[2] else (int(number), None)
+
+
 def _read(file: Path) -> dict[str, Any]:
     """Read a flat TOML file, names with dashes or underscores."""
     try:
@@ -280,6 +298,7 @@ AT_LEAST: dict[str, float] = {
     "early_stopping": 1,
     "bleu_rows": 0,
     "samples": 0,
+    "keep_last": 1,
 }
 
 

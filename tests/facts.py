@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from autotune.errands import ModelSummary, Preprocessed, Recipe
+from autotune.errands import ModelSummary, Preprocessed, Recipe, Saving
 from autotune.plan import (
     SCHEMA,
     Batching,
@@ -180,6 +180,11 @@ def recipe(**changes: Any) -> Recipe:
         "prompts": (),
     }
     return Recipe.model_validate(facts | changes)
+
+
+def saving(**changes: Any) -> Saving:
+    """Checkpoints at the end alone, the last three of them."""
+    return Saving(**{"every_steps": None, "every_seconds": None, "each_epoch": False, "keep_last": 3} | changes)
 
 
 def batching(**changes: Any) -> Batching:

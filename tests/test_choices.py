@@ -36,7 +36,7 @@ def known(packs: bool, window: int | None, data: DataSummary | None = None) -> P
 @pytest.mark.parametrize(("short", "layout"), [(0, "fixed"), (5, "fixed"), (50, "packed")])
 def test_documents_that_fill_their_rows_are_not_packed(short: int, layout: str) -> None:
     data = DataSummary(
-        files=("a.jsonl",), store="store", fingerprint="data", stage="pretrain", rows=100, samples=100,
+        files=("a.jsonl",), store="store", fingerprint="data", contents="c0de", stage="pretrain", rows=100, samples=100,
         tokens=512 * (100 - short) + 64 * short, target_tokens=100, cuts={}, unknown_share=0.0,
         longest_row=(512, "data.jsonl: line 1"),
         lengths=(((64, short), (512, 100 - short))[not short:],),

@@ -20,6 +20,7 @@ from trainer.loop import train
 from trainer.memory import PeakMeter
 from trainer.microbatch import SpecialTokens, lay_out, target_count
 from trainer.model import build_for
+from trainer.ranks import Ranks
 from trainer.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -119,7 +120,7 @@ class Parrot:
 def evaluator_of(errand: Train) -> tuple[Evaluator, Any]:
     torch.manual_seed(0)
     model = build_for(errand.plan.workload, errand.ids, CPU)
-    return Evaluator(errand, TokenStore(Path(errand.store)), model, PeakMeter(CPU)), model
+    return Evaluator(errand, TokenStore(Path(errand.store)), model, PeakMeter(CPU), Ranks(), lambda: False), model
 
 
 def with_recipe(errand: Train, **changes: Any) -> Train:
@@ -130,16 +131,16 @@ def with_recipe(errand: Train, **changes: Any) -> Train:
 def test_who_answers_as_the_references_do_has_a_bleu_of_100(model: str, tmp_path: Path) -> None:
     evaluator, built = evaluator_of(with_recipe(errand_of(tmp_path, model), bleu_rows=64, samples=0))
     evaluator._generator = parrot = Parrot(evaluator)  # type: ignore[assignment]
-    (row,) = evaluator.evaluate(built, 7)
+    (row,) = evaluator.evaluate(built, 7, 4)
     assert (row["kind"], row["step"], row["bleu_rows"], row["samples"]) == ("validation", 7, 40, 40)
     assert row["bleu"] == pytest.approx(100)
     assert "tok:zh" in row["bleu_signature"]
     assert max(parrot.most) <= max(len(q.reference or ()) for q in evaluator._scored)
     evaluator._generator = Parrot(evaluator, unanswered=30)  # type: ignore[assignment]
-    (row,) = evaluator.evaluate(built, 7)
+    (row,) = evaluator.evaluate(built, 7, 4)
     assert (row["bleu_rows"], row["bleu"]) == (10, pytest.approx(100)), "of what there was room to answer"
     evaluator._generator = Parrot(evaluator, unanswered=40)  # type: ignore[assignment]
-    (row,) = evaluator.evaluate(built, 7)
+    (row,) = evaluator.evaluate(built, 7, 4)
     assert "bleu" not in row
 
 
@@ -158,7 +159,7 @@ def test_pretraining_on_documents_has_no_bleu(tmp_path: Path) -> None:
     work = errand.plan.workload.model_copy(update={"stage": "pretrain"})
     errand = errand.model_copy(update={"plan": errand.plan.model_copy(update={"workload": work})})
     evaluator, model = evaluator_of(errand)
-    sample, row = evaluator.evaluate(model, 1)
+    sample, row = evaluator.evaluate(model, 1, 4)
     assert sample["kind"] == "sample"
     assert "bleu" not in row
 
@@ -175,7 +176,7 @@ def test_typed_prompts_are_asked_as_training_asks_them(model: str, tmp_path: Pat
     evaluator, built = evaluator_of(with_recipe(errand, prompts=(text,), samples=1, bleu_rows=0))
     typed, stored = evaluator._fixed
     assert typed.prompt == stored.prompt
-    first, second, _ = evaluator.evaluate(built, 3)
+    first, second, _ = evaluator.evaluate(built, 3, 4)
     assert first["answer"] == second["answer"]
     assert (first["prompt"], first["reference"]) == (text, None)
     assert second["reference"] == tokenizer.decode(asked.reference, skip_special_tokens=True).strip()
@@ -191,14 +192,14 @@ def test_answers_stay_within_the_limits_and_what_the_plan_holds(tmp_path: Path) 
         assert len(answer) <= min(limit - len(q.prompt), reference)
     nothing = errand.plan.memory.model_copy(update={"items": {"process": 2**40}, "budget_bytes": 0})
     full = errand.model_copy(update={"plan": errand.plan.model_copy(update={"memory": nothing})})
-    assert all(row["answer"] is None for row in evaluator_of(full)[0].evaluate(model, 1) if row["kind"] == "sample")
+    assert all(row["answer"] is None for row in evaluator_of(full)[0].evaluate(model, 1, 4) if row["kind"] == "sample")
 
 
 def test_nothing_is_generated_where_nothing_is_asked(tmp_path: Path) -> None:
     """And no tokenizer is needed."""
     errand = with_recipe(errand_of(tmp_path), samples=0, bleu_rows=0).model_copy(update={"tokenizer_dir": "nowhere"})
     evaluator, model = evaluator_of(errand)
-    (row,) = evaluator.evaluate(model, 1)
+    (row,) = evaluator.evaluate(model, 1, 4)
     assert {"loss", "perplexity", "accuracy"} < row.keys()
     assert "generation_seconds" not in row
 

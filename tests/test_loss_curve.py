@@ -156,5 +156,8 @@ def errand_of(done: Preprocessed, folder: Path, asked: Recipe, layout: str) -> T
         tokenizer_dir=str(done.tokenizer_dir),
         ids=done.ids,
         output_dir=str(folder / layout),
+        data_contents=done.data.contents,
+        saving=facts.saving(),
+        resume=None,
         tensorboard=False,
     )

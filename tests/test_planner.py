@@ -142,6 +142,7 @@ def data_of(samples: int) -> DataSummary:
         files=("a.parquet",),
         store="store",
         fingerprint="data",
+        contents="c0de",
         stage="sft",
         rows=samples,
         samples=samples,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import facts
 import pytest
 
-from autotune.errors import MachineError, RunExistsError
-from cli.runs import make_folder, run_folder, write_run
+from autotune.errands import Resume
+from autotune.errors import ConfigurationError, MachineError, RunExistsError
+from cli.runs import Resuming, RunPlace, check_disk, find_run, write_run
 from profiles import resolve
 
 
@@ -27,17 +29,54 @@ def test_a_run_writes_every_value_in_force_and_where_it_came_from(tmp_path: Path
     assert not (tmp_path / "evidence.json").exists()
 
 
-def test_a_folder_with_a_run_is_refused_and_one_that_cannot_be_made_too(tmp_path: Path) -> None:
-    taken = resolve({"output_dir": str(tmp_path)}).settings
+def place(folder: Path, *, resume: bool = False, **named: Any) -> RunPlace:
+    resuming = Resuming(resume=resume, place=named.pop("place", None), weights_only=named.pop("weights_only", False))
+    return find_run(resolve({"output_dir": str(folder)} | named).settings, resuming)
+
+
+def test_a_folder_with_a_run_is_refused_unless_it_is_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    assert run_folder(taken) == tmp_path, "an empty file is what a run that did not begin leaves"
+    assert place(tmp_path).folder == tmp_path, "an empty file is what a run that did not begin leaves"
     (tmp_path / "metrics.jsonl").write_text("{}")
-    with pytest.raises(RunExistsError) as error:
-        run_folder(taken)
+    with pytest.raises(RunExistsError, match="already holds a run") as error:
+        place(tmp_path)
     assert error.value.exit_code == 5
-    model = facts.preprocessed().model.model_copy(update={"parameters": 10**6})
-    with pytest.raises(MachineError, match=r"Not a directory|File exists"):
-        make_folder(tmp_path / "metrics.jsonl" / "run", model, facts.hardware())
-    with pytest.raises(MachineError, match="has 5 MiB free, saving the model takes 24 MiB"):
-        make_folder(tmp_path / "run", model, facts.hardware(disk_free_bytes=5 * 2**20))
-    assert not (tmp_path / "run").exists()
+    assert place(tmp_path, resume=True) == RunPlace(tmp_path, None), "killed before the first checkpoint"
+    (tmp_path / "checkpoints" / "step-00000003").mkdir(parents=True)
+    going_on = place(tmp_path, resume=True)
+    assert going_on == RunPlace(tmp_path, Resume(place=str(tmp_path), weights_only=False))
+    assert going_on.plan_file is None
+    (tmp_path / "plan.json").touch()
+    assert going_on.plan_file == tmp_path / "plan.json"
+
+
+def test_what_is_named_is_gone_on_from_in_its_own_folder_and_weights_alone_in_another(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step-00000003"
+    checkpoint.mkdir(parents=True)
+    (run / "plan.json").touch()
+    settings = resolve({}).settings
+    named = find_run(settings, Resuming(False, str(checkpoint), False))
+    assert (named.folder, named.plan_file) == (run, run / "plan.json")
+    other = place(tmp_path / "other", place=str(checkpoint), weights_only=True)
+    assert (other.folder, other.plan_file) == (tmp_path / "other", None)
+    with pytest.raises(ConfigurationError, match="no such folder"):
+        place(run, place=str(tmp_path / "nothing"))
+    with pytest.raises(ConfigurationError, match="not from what"):
+        place(run, weights_only=True)
+
+
+def test_without_a_folder_the_newest_run_of_the_model_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny-20261124-101500", "tiny-20261125-090000", "tiny-t5-20261125-100000", "tiny-best"):
+        (tmp_path / "runs" / name / "checkpoints" / "step-00000001").mkdir(parents=True)
+    found = find_run(resolve({"model": "tiny"}).settings, Resuming(True, None, False))
+    assert found.folder == Path("runs/tiny-20261125-090000")
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_told_before_anything_runs(tmp_path: Path) -> None:
+    """Of 26 million parameters: three checkpoints that stay and one under way, the best's, and two models."""
+    needed = (5 * 12 + 2 * 4) * 26_000_000 + 16 * 2**20
+    check_disk(tmp_path, facts.plan(), 3, facts.hardware(disk_free_bytes=needed))
+    with pytest.raises(MachineError, match=r"has 1,701 MiB free, checkpoints and models take 1,702 MiB"):
+        check_disk(tmp_path, facts.plan(), 3, facts.hardware(disk_free_bytes=needed - 2**20))

@@ -123,7 +123,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight_and_no_moment(poison: f
     samples, ids = UnevenSamples("llama", 4), range(4)
     accumulate(state, cut("llama", samples, ids, 4), target_count(ids, samples), FP32)
     next(state.model.parameters()).grad[0, 0] = poison
-    norm = update(state, FP32, 1e-2, 1.0)
+    norm = update(state, torch.zeros(()), FP32, 1e-2, 1.0)
     assert not torch.isfinite(norm)
     assert all(torch.equal(a, b) for a, b in zip(weights(state), before, strict=True))
     assert all(torch.equal(s["exp_avg"], m) for s, m in zip(state.optimizer.state.values(), moments, strict=True))
@@ -145,7 +145,7 @@ def test_the_fp16_loss_scale_halves_after_an_overflow_and_doubles_after_many_goo
     first = state.loss_scale.item()
     accumulate(state, cut("llama", UnevenSamples("llama", 2), range(2), 2), 1, FP16)
     next(state.model.parameters()).grad[0, 0] = float("inf")
-    update(state, FP16, 1e-3, 1.0)
+    update(state, torch.zeros(()), FP16, 1e-3, 1.0)
     assert state.loss_scale.item() == first / 2
     state.steps_since_overflow.fill_(1999)
     one_step(state, "llama", FP16)

@@ -6,6 +6,7 @@ more than samples), `spans` (int32 pairs, targets within the sample) and `span_o
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -156,6 +157,15 @@ def write_store(samples: Iterable[Sample], folder: Path, task: Task, vocabulary_
             writer.append(pack(some, vocabulary_size))
         writer.finish()
     return writer.facts
+
+
+def contents_of(folder: Path) -> str:
+    """Return the hash of all samples of a store: what a run that goes on has to find as it was."""
+    digest = hashlib.sha256()
+    for name in FILES:
+        with (folder / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 class TokenStore:

@@ -99,9 +99,10 @@ def _step(state: TrainState, errand: Dry, share: float, account: Account) -> Tim
     targets = DRY_MICRO_BATCHES * target_count(ids, samples)
     prepare_heap(account.device, workload.cpu_allocator)
     with account.phase("forward_backward"):  # reading a result waits for the device
-        accumulate(state, [batch] * DRY_MICRO_BATCHES, targets, workload).item()
+        loss = accumulate(state, [batch] * DRY_MICRO_BATCHES, targets, workload)
+        loss.item()
     with account.phase("optimizer"):
-        update(state, workload, LEARNING_RATE, CLIP).item()
+        update(state, loss, workload, LEARNING_RATE, CLIP).item()
     return Timing(
         padded_tokens=batch.padded_tokens,
         seconds=account.seconds["forward_backward"] / DRY_MICRO_BATCHES,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,9 @@ from trainer.data import Order, TokenStore
 from trainer.encode import Encoder
 from trainer.generate import Generator, room_to_generate
 from trainer.loss import loss_and_right
-from trainer.memory import PeakMeter, prepare_heap
+from trainer.memory import PeakMeter, first_line, is_memory_error, prepare_heap
 from trainer.microbatch import MicroBatch, SpecialTokens, lay_out, target_count
+from trainer.ranks import Ranks
 from trainer.step import autocast
 from trainer.tokenizer import load_tokenizer
 
@@ -87,12 +88,23 @@ def question(store: TokenStore, i: int, workload: Workload) -> Question:
     return Question(tokens[:start], tokens[start:end])
 
 
+class BrokenOffError(Exception):
+    """A stop was asked for before all answers were there."""
+
+
+class EvaluationMemoryError(Exception):
+    """Memory ran out on some rank; says what its allocator said."""
+
+
 class Evaluator:
     """Evaluates a model in training on its validation data, if there is any, and has it answer fixed prompts."""
 
-    def __init__(self, errand: Train, store: TokenStore, model: Any, meter: PeakMeter) -> None:
+    def __init__(
+        self, errand: Train, store: TokenStore, model: Any, meter: PeakMeter, ranks: Ranks, stop: Callable[[], bool]
+    ) -> None:
         self._plan, self._workload, self._tokenizer_dir = errand.plan, errand.plan.workload, errand.tokenizer_dir
         self._meter, self._special = meter, special_tokens(model, errand)
+        self._ranks, self._stop = ranks, stop
         self.validation = TokenStore(Path(errand.validation_store)) if errand.validation_store else None
         self._fixed = self._typed(errand.recipe.prompts)
         asked = self.validation or store
@@ -102,23 +114,41 @@ class Evaluator:
             rows = Order(len(self.validation), errand.recipe.seed, 0)[: errand.recipe.bleu_rows]
             self._scored = [question(self.validation, i, self._workload) for i in sorted(rows.tolist())]
         self._generator = None
-        if self._fixed or self._scored:
+        if (self._fixed or self._scored) and ranks.leads:
             room = room_to_generate(errand.plan)
             self._generator = Generator(model, errand.ids, self._workload, room)
 
-    def evaluate(self, model: Any, step: int) -> Iterator[Metrics]:
-        """Yield a `sample` for each fixed prompt, then the `validation` row, or without data an event `sampled`."""
+    def evaluate(self, model: Any, step: int, rows: int) -> Iterator[Metrics]:
+        """Yield a `sample` for each fixed prompt, then the `validation` row, or without data an event `sampled`.
+
+        The losses are taken by all ranks, in micro-batches of at most so many rows; the answers are the first rank's.
+        Where a stop is asked for it is broken off, without that last row. Raises EvaluationMemoryError, on all ranks,
+        where memory runs out on one; answers that have no room are left out, and an event says so.
+        """
         self._meter.reset()
         row: Metrics = {"kind": "event", "event": "sampled", "step": step}
         if self.validation is not None:
-            row = {"kind": "validation", "step": step} | self._losses(model, self.validation)
+            losses = self._losses(model, self.validation, rows)
+            if losses is None:
+                return
+            row = {"kind": "validation", "step": step} | losses
+        answered = True
         if self._generator is not None:
             began = time.perf_counter()
-            tokenizer = load_tokenizer(self._tokenizer_dir)  # not kept: a large one would add to each step's peak
-            row |= self._bleu(model, tokenizer)
-            yield from self._samples(model, tokenizer, step)
+            try:
+                tokenizer = load_tokenizer(self._tokenizer_dir)  # not kept: a large one would add to each step's peak
+                row |= self._bleu(model, tokenizer)
+                yield from self._samples(model, tokenizer, step)
+            except BrokenOffError:
+                answered = False
+            except (RuntimeError, MemoryError) as error:
+                if not is_memory_error(error):
+                    raise
+                event = {"kind": "event", "event": "out_of_memory", "step": step, "where": "answers"}
+                yield event | {"message": first_line(error), "rows": None, "rows_now": None}
             row["generation_seconds"] = time.perf_counter() - began
-        yield row | {"peak_memory_bytes": self._meter.peak_bytes()}
+        if not self._ranks.any(not answered)[0]:
+            yield row | {"peak_memory_bytes": self._meter.peak_bytes()}
 
     def _typed(self, texts: Sequence[str]) -> list[Question]:
         if not texts:
@@ -128,9 +158,23 @@ class Evaluator:
         encoder = Encoder(tokenizer, work.task, work.stage, work.max_seq_len, work.max_target_len)
         return [Question(encoder.prompt(text), None, text) for text in texts]
 
-    def _losses(self, model: Any, store: TokenStore) -> Metrics:
+    def _losses(self, model: Any, store: TokenStore, rows: int) -> Metrics | None:
+        """Return the means over all target tokens; None where it was broken off."""
         prepare_heap(self._meter.device, self._workload.cpu_allocator)
-        loss, right = totals(model, self._in_order(store), self._workload, self._meter.device).tolist()
+        loss = right = 0.0
+        failed = ""
+        try:
+            loss, right = totals(model, self._in_order(store, rows), self._workload, self._meter.device).tolist()
+        except (RuntimeError, MemoryError) as error:
+            if not is_memory_error(error):
+                raise
+            failed = first_line(error)
+        ran_out, stopped = self._ranks.any(bool(failed), self._stop())
+        if ran_out:
+            raise EvaluationMemoryError(failed or "on another rank")
+        if stopped:
+            return None
+        loss, right = self._ranks.total(loss, right)
         targets = max(1, target_count(range(len(store)), store))
         return {
             "loss": loss / targets,
@@ -139,13 +183,15 @@ class Evaluator:
             "samples": len(store),
         }
 
-    def _in_order(self, store: TokenStore) -> Iterator[MicroBatch]:
-        batching, ids = self._plan.batching, range(len(store))
-        together = batching.effective_batch_size
+    def _in_order(self, store: TokenStore, rows: int) -> Iterator[MicroBatch]:
+        """Lay out this rank's part of each step's worth of rows, until a stop is asked for."""
+        ids = range(len(store))
+        together = self._plan.batching.effective_batch_size
         for first in range(0, len(ids), together):
-            yield from lay_out(
-                ids[first : first + together], batching.micro_batch_size, store, self._workload, self._special
-            )
+            if self._stop():
+                return
+            share = self._ranks.share(ids[first : first + together])
+            yield from lay_out(share, rows, store, self._workload, self._special)
 
     def _bleu(self, model: Any, tokenizer: PreTrainedTokenizerFast) -> Metrics:
         """Score the answers to the chosen rows, each no longer than the longest reference among them."""
@@ -179,7 +225,10 @@ class Evaluator:
             for q in questions
         ]
         limits = [max(1, min(most, room)) for room in rooms]
-        return self._generator.generate(model, [q.prompt for q in questions], limits)
+        answers = self._generator.generate(model, [q.prompt for q in questions], limits, self._stop)
+        if self._stop():
+            raise BrokenOffError
+        return answers
 
 
 def special_tokens(model: Any, errand: Train) -> SpecialTokens:

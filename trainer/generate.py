@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from autotune.errands import TokenIds
 from autotune.plan import Plan, Workload
@@ -73,15 +73,26 @@ class Generator:
         self._seq2seq = bool(model.config.is_encoder_decoder)
         self.row_bytes = self._measure(model)
 
-    def generate(self, model: Any, prompts: Sequence[Sequence[int]], most: Sequence[int]) -> list[list[int] | None]:
-        """Return the answer to each prompt, in at most so many tokens, without its end; None where it has no room."""
+    def generate(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        most: Sequence[int],
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[list[int] | None]:
+        """Return the answer to each prompt, in at most so many tokens, without its end; None where it has no room.
+
+        Ends at the next token where a stop is asked for: answers are then cut off, or not there.
+        """
         answers: list[list[int] | None] = [None] * len(prompts)
         # Decoders count the positions of a row's padding too, once it has ended.
         positions = inf if self._seq2seq else getattr(model.config, "max_position_embeddings", None) or inf
         lengths = [(len(prompt), new) for prompt, new in zip(prompts, most, strict=True)]
         for batch in in_batches(lengths, self._room_bytes, positions, self.row_bytes):
+            if stop():
+                break
             new = max(most[i] for i in batch)
-            for i, row in zip(batch, self._run(model, [prompts[i] for i in batch], new)[0], strict=True):
+            for i, row in zip(batch, self._run(model, [prompts[i] for i in batch], new, stop)[0], strict=True):
                 answers[i] = self._until_end(row[: most[i]])
         return answers
 
@@ -89,7 +100,9 @@ class Generator:
         ended = next((at for at, token in enumerate(tokens) if token in self._ends), len(tokens))
         return tokens[:ended]
 
-    def _run(self, model: Any, prompts: Sequence[Sequence[int]], new: int) -> tuple[list[list[int]], Any]:
+    def _run(
+        self, model: Any, prompts: Sequence[Sequence[int]], new: int, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[list[list[int]], Any]:
         """Generate one batch; return what came after the prompts, and the cache."""
         model.eval()
         tokens, mask = self._padded(prompts)
@@ -100,6 +113,7 @@ class Generator:
                 attention_mask=mask.to(model.device),
                 max_new_tokens=new,
                 return_dict_in_generate=True,
+                stopping_criteria=StoppingCriteriaList([_Asked(stop)]),
             )
         start = 1 if self._seq2seq else tokens.shape[1]
         return made.sequences[:, start:].tolist(), getattr(made, "past_key_values", None)
@@ -130,6 +144,16 @@ class Generator:
             heads=model.config.num_attention_heads,
             vocabulary_size=model.config.vocab_size,
         )
+
+
+class _Asked(StoppingCriteria):
+    """Ends all rows at the next token, once a stop is asked for."""
+
+    def __init__(self, stop: Callable[[], bool]) -> None:
+        self._stop = stop
+
+    def __call__(self, ids: Any, _scores: Any, **_: Any) -> Any:
+        return torch.full((len(ids),), self._stop(), device=ids.device)
 
 
 def in_batches(

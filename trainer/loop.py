@@ -2,111 +2,367 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
-from autotune.batching import share_of
 from autotune.errands import Train
-from autotune.plan import Layout, Plan
+from autotune.errors import MachineError, NothingFitsError, TrainingFailedError
+from autotune.plan import Layout
+from trainer import checkpoint
+from trainer.checkpoint import Found, Identity, Origin
 from trainer.data import Order, TokenStore
-from trainer.evaluate import Evaluator, Metrics, special_tokens
-from trainer.memory import PeakMeter, prepare_heap
-from trainer.microbatch import lay_out, target_count
+from trainer.evaluate import EvaluationMemoryError, Evaluator, Metrics, special_tokens
+from trainer.memory import PeakMeter, first_line, is_memory_error, prepare_heap
+from trainer.microbatch import MicroBatch, lay_out, target_count
 from trainer.model import build_for, save_model
+from trainer.progress import PATIENCE, Progress, place_of, seed_of, told_differences
 from trainer.proof import TOLERANCE, first_samples, gradient_errors
-from trainer.rate import token_flops
+from trainer.ranks import Ranks
 from trainer.schedule import learning_rate_at, steps_in
-from trainer.step import TrainState, start, train_step
+from trainer.spent import SaveClock, Spent, utilization
+from trainer.step import TrainState, accumulate, start, update
 
 WAITS = ("cpu",)
 """Devices that compute while they are asked to: on others a step runs on while the next is laid out."""
 SAFER: tuple[Layout, ...] = ("sorted", "fixed")
 """What is taken where rows of several samples are not exact."""
+PLAN_AGAIN = (
+    "another program has taken memory since the plan was made: close it and go on with --resume, or give --auto too, "
+    "to plan for what is free now"
+)
+NOT_FINITE = "not-finite.json"
+"""In the folder of a run: the samples of the step that ended it."""
+TRIES = 3
+"""Of a step whose memory runs out, each but the first in micro-batches of half the rows."""
 
 
-def train(errand: Train, stop: Callable[[], bool]) -> Iterator[Metrics]:
-    """Train a plan from the beginning to the end, or until `stop` says so; the model is saved either way.
+def train(errand: Train, stop: Callable[[], bool], ranks: Ranks = Ranks()) -> Iterator[Metrics]:  # noqa: B008 # frozen
+    """Train a plan to its end, or until `stop` says so, from the beginning or from where a checkpoint left it.
 
     Yields a `train` row for each step; for each evaluation a `sample` row for each fixed prompt, and a `validation` row
-    where there is validation data; and `event` rows: the start, steps whose gradient was not finite, and at last how it
-    ended. The model with the least validation loss is kept beside the last, where the two are not the same.
+    where there is validation data; and `event` rows: where it goes on from, the start, what went wrong, each
+    checkpoint, and at last how it ended. The model is saved at the end, and beside it the one with the least validation
+    loss, where the two are not the same. Raises ConfigurationError for a checkpoint of another run, and
+    NothingFitsError where memory runs out even for smaller micro-batches.
     """
-    workload, recipe = errand.plan.workload, errand.recipe
-    device = torch.device(errand.plan.hardware.device)
-    meter = PeakMeter(device)
-    torch.manual_seed(recipe.seed)
-    model, store = build_for(workload, errand.ids, device), TokenStore(Path(errand.store))
-    verified = _verify(errand, model, store)
-    yield verified
-    layout = verified["layout"]
-    workload = workload.model_copy(update={"layout": layout})
-    errand = errand.model_copy(update={"plan": errand.plan.model_copy(update={"workload": workload})})
-    counted = _utilization(errand.plan, model)
-    evaluator, best = Evaluator(errand, store, model, meter), Best(Path(errand.output_dir) / "best")
-    state = start(model, workload, recipe.weight_decay)
+    errand, model, store, verified = _prepare(errand)
+    found = _resumed(errand, store, model)
+    run = Run(errand, model, store, ranks, stop)
     del model
-    total_steps = steps_in(len(store), errand.plan.batching.effective_batch_size, recipe)
-    yield {"kind": "event", "event": "started", "step": 0, "total_steps": total_steps, "samples": len(store)}
-    seconds, training_seconds, generation_seconds, peak, tokens = 0.0, 0.0, 0.0, 0, 0
-    began = time.perf_counter()
-    for row in _steps(errand, state, store, total_steps, meter, evaluator, best, stop):
-        if row["kind"] == "sample":  # its time is that of its evaluation
-            yield row
-            continue
-        # Since the row before, so that the seconds of all rows come to those of the loop.
-        now = time.perf_counter()
-        taken, began = now - began, now
-        yield _timed(row, taken, counted)
-        seconds, peak = seconds + taken, max(peak, row.get("peak_memory_bytes", 0))
-        generation_seconds += row.get("generation_seconds", 0.0)
-        if row["kind"] == "train":
-            tokens, training_seconds = tokens + row["tokens"], training_seconds + taken
-        if row["kind"] == "train" and not math.isfinite(row["gradient_norm"]):
-            yield {"kind": "event", "event": "skipped_step", "step": row["step"]}
-    ended = "stopped" if stop() and state.step < total_steps else "finished"
-    step, model = state.step, state.model
-    against = _against(errand.plan, step, seconds, peak, tokens / max(training_seconds, 1e-9), tokens)
-    yield against | {"generation_seconds": generation_seconds}
-    # A save serialises the weights: what only training needs goes first.
-    del state
-    folder = Path(errand.output_dir) / "model"
-    if best.step == step:
-        best.folder.rename(folder)
-        best.folder = folder
-    else:
-        save_model(model, Path(errand.tokenizer_dir), folder)
-    yield {"kind": "event", "event": ended, "step": step, "model": str(folder)} | best.told()
+    if found is not None:
+        yield run.restore(found)
+    yield verified
+    total = run.total_steps
+    yield {"kind": "event", "event": "started", "step": run.progress.step, "total_steps": total, "samples": len(store)}
+    counted, spent = utilization(errand.plan, run.state.model), Spent(run.progress.step)
+    for row in run.rows():
+        yield spent.timed(row, counted)
+    ended = "stopped" if run.stopped else "finished"
+    yield spent.against(errand.plan, run.progress.step)
+    yield {"kind": "event", "event": ended, "step": run.progress.step} | run.leave()
 
 
 @dataclass
-class Best:
-    """The evaluation with the least validation loss so far, and where its model is."""
+class Run:
+    """A training under way: takes steps, evaluates between them, saves, undoes a step that memory has no room for."""
 
-    folder: Path
-    step: int | None = None
-    loss: float = math.inf
-    without: int = 0
-    """Evaluations since, none of which had less."""
+    errand: Train
+    model: Any
+    store: TokenStore
+    ranks: Ranks
+    stop: Callable[[], bool]
+    progress: Progress = field(default_factory=Progress)
+    stopped: bool = False
 
-    def take(self, step: int, loss: float) -> bool:
-        """Say whether this is the best there was."""
-        if not loss < self.loss:  # nor is what is no number
-            self.without += 1
-            return False
-        self.step, self.loss, self.without = step, loss, 0
-        return True
+    def __post_init__(self) -> None:
+        plan, recipe = self.errand.plan, self.errand.recipe
+        self.workload, self.device = plan.workload, torch.device(plan.hardware.device)
+        self.meter = PeakMeter(self.device)
+        self.evaluator = Evaluator(self.errand, self.store, self.model, self.meter, self.ranks, self.stop)
+        self.state: TrainState = start(self.model, self.workload, recipe.weight_decay)
+        self.total_steps = steps_in(len(self.store), plan.batching.effective_batch_size, recipe)
+        self.steps_per_epoch = math.ceil(len(self.store) / plan.batching.effective_batch_size)
+        self.rows_at_once = plan.batching.micro_batch_size
+        """Of a micro-batch: the plan's, or less where memory once ran out."""
+        self.clock = SaveClock(self.errand.saving, self.steps_per_epoch)
+        self.checkpoints = Path(self.errand.output_dir) / checkpoint.FOLDER
+        self.origin = Origin(identity_of(self.errand, self.store), recipe, plan)
+        self._orders: dict[int, Order] = {}
+        self._special = special_tokens(self.model, self.errand)
+        del self.model  # which the state has
 
-    def told(self) -> Metrics:
-        """Return what a row says of it; nothing where nothing was evaluated."""
-        if self.step is None:
-            return {}
-        return {"best_step": self.step, "best_loss": self.loss, "best_model": str(self.folder)}
+    def restore(self, found: Found) -> Metrics:
+        """Go on from a checkpoint, or from its weights alone at the first step; say what of it was verified.
+
+        Also says what is not as it was when it was saved: the recipe, and by that the schedule, may have changed.
+        """
+        assert self.errand.resume is not None
+        if self.errand.resume.weights_only:
+            checkpoint.restore_weights(found.folder, self.state.model)
+        else:
+            self.progress = checkpoint.restore(found, self.state)
+        manifest = found.manifest
+        return {
+            "kind": "event",
+            "event": "resumed",
+            "step": self.progress.step,
+            "evaluated_at": self.progress.evaluated_at,
+            "checkpoint": str(found.folder),
+            "weights_only": self.errand.resume.weights_only,
+            "verified_bytes": sum(file.bytes for file in manifest.files.values()),
+            "damaged": list(found.damaged),
+            "changed": told_differences(manifest.recipe.model_dump(), self.origin.recipe.model_dump()),
+            "same_plan": manifest.plan == self.origin.plan_hash,
+        }
+
+    def rows(self) -> Iterator[Metrics]:
+        """Take steps to the end; a row is read when the device has begun the next step, where it can."""
+        if self._evaluation_is_due() and self.progress.evaluated_at < self.progress.step:
+            yield from self._evaluate()  # which a stop broke off
+        unread: Metrics | None = None
+        while self.progress.step < self.total_steps and not self._is_out_of_patience() and not self.stopped:
+            taken = yield from self._step()
+            if unread is not None:
+                yield from self._read(unread)
+            unread = taken
+            self.stopped, saves = self.ranks.any(self.stop(), self.clock.is_due(self.progress.step))
+            evaluates = not self.stopped and self._evaluation_is_due()
+            ends = self.stopped or self.progress.step == self.total_steps
+            if ends or saves or evaluates or self.device.type in WAITS:
+                yield from self._read(unread)
+                unread = None
+            if evaluates:
+                improved = yield from self._evaluate()
+                (self.stopped,) = self.ranks.any(self.stop())
+                saves, ends = saves or improved, ends or self.stopped or self._is_out_of_patience()
+            if ends or saves:
+                yield from self._save(last=ends)
+
+    def _is_out_of_patience(self) -> bool:
+        return self.progress.best.without >= (self.errand.recipe.early_stopping or math.inf)
+
+    def _evaluation_is_due(self) -> bool:
+        """Say whether the step that is done is followed by an evaluation: each epoch, or every so many; the last is."""
+        every = self.errand.recipe.eval_every
+        if every is None:
+            every = self.steps_per_epoch if self.evaluator.validation else self.total_steps
+        step = self.progress.step
+        return step > 0 and (step % every == 0 or step == self.total_steps)
+
+    def _evaluate(self) -> Generator[Metrics, None, bool]:
+        """Evaluate, in smaller micro-batches where memory runs out; return whether the model is the best so far."""
+        best, improved = self.progress.best, False
+        for row in self._evaluated():
+            if row["kind"] == "validation":
+                improved = row["best"] = best.take(self.progress.step, row["loss"])
+            if row["kind"] == "validation" or row.get("event") == "sampled":
+                self.progress.evaluated_at = self.progress.step
+            yield row
+        if self._is_out_of_patience():
+            ending = {"kind": "event", "event": "early_stopping", "step": self.progress.step}
+            yield ending | {"evaluations": best.without} | best.told()
+        return improved
+
+    def _evaluated(self) -> Iterator[Metrics]:
+        rows = self.rows_at_once
+        for _ in range(TRIES):
+            try:
+                yield from self.evaluator.evaluate(self.state.model, self.progress.step, rows)
+            except EvaluationMemoryError as error:
+                message = str(error)
+            else:
+                return
+            self._drop_gradients()
+            yield self._out_of_memory("evaluation", message, rows, max(1, rows // 2))
+            rows = max(1, rows // 2)
+        raise NothingFitsError(
+            f"memory ran out in the evaluation after step {self.progress.step}, with micro-batches of {rows} rows too",
+            PLAN_AGAIN,
+        )
+
+    def _step(self) -> Generator[Metrics, None, Metrics]:
+        """Take one step of the effective batch; return its row, whose loss and norm are still on the device."""
+        plan, recipe, progress = self.errand.plan, self.errand.recipe, self.progress
+        epoch, place = place_of(progress.step, len(self.store), plan.batching.effective_batch_size)
+        ids: Any = self._order(epoch)[place]
+        rate = learning_rate_at(progress.step, self.total_steps, recipe)
+        prepare_heap(self.device, self.workload.cpu_allocator)
+        self.meter.reset()
+        began = time.perf_counter()
+        targets = target_count(ids, self.store)
+        batches, loss, data_seconds = yield from self._accumulate(ids, targets, began)
+        loss = self.ranks.add_gradients(_trained(self.state), loss)
+        norm = update(self.state, loss, self.workload, rate, recipe.clip)
+        progress.step += 1
+        progress.samples += len(ids)
+        tokens, padded, count = self.ranks.total(
+            sum(batch.tokens for batch in batches), sum(batch.padded_tokens for batch in batches), len(batches)
+        )
+        (peak,) = self.ranks.most(self.meter.peak_bytes())
+        return {
+            "kind": "train",
+            "step": progress.step,
+            "epoch": epoch + 1,
+            "loss": loss,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "samples": len(ids),
+            "tokens": int(tokens),
+            "target_tokens": targets,
+            "padded_tokens": int(padded),
+            "micro_batches": int(count),
+            "data_seconds": data_seconds,
+            "peak_memory_bytes": int(peak),
+        }
+
+    def _accumulate(
+        self, ids: Any, targets: int, began: float
+    ) -> Generator[Metrics, None, tuple[list[MicroBatch], Tensor, float]]:
+        """Add up the gradient of this rank's share; where memory runs out on any rank, all begin anew with fewer rows.
+
+        Nothing has changed until then but gradients, which are dropped; random numbers are drawn again as they were.
+        """
+        for attempt in range(TRIES):
+            torch.manual_seed(seed_of(self.errand.recipe.seed, self.progress.step, self.ranks.rank))
+            batches: list[MicroBatch] = []
+            loss, failed, data_seconds = self.state.loss_scale, "", 0.0
+            try:
+                batches = lay_out(self.ranks.share(ids), self.rows_at_once, self.store, self.workload, self._special)
+                data_seconds = time.perf_counter() - began
+                loss = accumulate(self.state, batches, targets, self.workload)
+            except (RuntimeError, MemoryError) as error:
+                if not is_memory_error(error):
+                    raise
+                failed = first_line(error)
+            (anywhere,) = self.ranks.any(bool(failed))
+            if not anywhere:
+                return batches, loss, data_seconds
+            del batches, loss
+            self._drop_gradients()
+            rows, self.rows_at_once = self.rows_at_once, max(1, self.rows_at_once // 2)
+            again = attempt + 1 < TRIES and self.rows_at_once < rows
+            yield self._out_of_memory("step", failed or "on another rank", rows, self.rows_at_once if again else None)
+            if not again:
+                break
+        yield from self._save(last=False)
+        raise NothingFitsError(
+            f"memory ran out in step {self.progress.step + 1} with micro-batches of {rows} rows too ({failed}); "
+            f"what was trained until then is saved in {self.checkpoints}",
+            PLAN_AGAIN,
+        )
+
+    def _out_of_memory(self, where: str, message: str, rows: int, rows_now: int | None) -> Metrics:
+        event = {"kind": "event", "event": "out_of_memory", "step": self.progress.step, "where": where}
+        return event | {"message": message, "rows": rows, "rows_now": rows_now}
+
+    def _drop_gradients(self) -> None:
+        self.state.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _order(self, epoch: int) -> Order:
+        if epoch not in self._orders:
+            self._orders = {epoch: Order(len(self.store), self.errand.recipe.seed, epoch)}
+        return self._orders[epoch]
+
+    def _read(self, row: Metrics) -> Iterator[Metrics]:
+        """Read what a step left on the device, which waits for it, and say what is odd about it."""
+        row = row | {name: row[name].item() for name in ("loss", "gradient_norm")}
+        yield row
+        watch, event = self.progress.watch, {"kind": "event", "step": row["step"]}
+        leapt = watch.look(row["loss"], row["gradient_norm"])
+        if leapt:
+            yield event | {"event": "spike"} | leapt
+        if not watch.not_finite:
+            return
+        epoch, place = place_of(row["step"] - 1, len(self.store), self.errand.plan.batching.effective_batch_size)
+        skipped = event | {"event": "skipped_step", "samples": self._order(epoch)[place].tolist()}
+        yield skipped
+        if watch.not_finite >= PATIENCE:
+            self._fail(skipped["samples"])
+
+    def _fail(self, ids: Sequence[int]) -> NoReturn:
+        """End the run, with the samples of the last step in a file for people to look at."""
+        file = Path(self.errand.output_dir) / NOT_FINITE
+        if self.ranks.leads:
+            samples = [{"sample": i, "tokens": self.store.tokens(i).tolist()} for i in ids]
+            file.write_text(json.dumps({"step": self.progress.step, "samples": samples}), encoding="utf-8")
+        raise TrainingFailedError(
+            f"{PATIENCE} steps in a row, up to step {self.progress.step}, had a loss or a gradient that is not finite, "
+            f"and changed no weight; the samples of the last are in {file}",
+            "go on from the last checkpoint with a lower --learning-rate: --resume; or with --precision bf16 or fp32",
+        )
+
+    def _save(self, *, last: bool) -> Iterator[Metrics]:
+        """Commit a checkpoint. One that cannot be written is an event, but for the last, without which all is lost."""
+        event = {"kind": "event", "event": "checkpoint", "step": self.progress.step}
+        self.clock.saved()
+        if not self.ranks.leads:
+            return
+        try:
+            folder = checkpoint.save(
+                self.checkpoints, self.state, self.progress, self.origin, self.errand.saving.keep_last
+            )
+        except MachineError as error:
+            if last:
+                raise
+            yield event | {"event": "save_failed", "message": error.message}
+        else:
+            yield event | {"checkpoint": str(folder), "bytes": sum(file.stat().st_size for file in folder.iterdir())}
+
+    def leave(self) -> Metrics:
+        """Save the model, and the best beside it; return what the last row says of them."""
+        folder, tokenizer, best = Path(self.errand.output_dir), Path(self.errand.tokenizer_dir), self.progress.best
+        model = self.state.model
+        # A save serialises the weights: what only training needs goes first.
+        del self.state
+        told: Metrics = {"model": str(folder / "model")} | best.told()
+        if not self.ranks.leads:
+            return told
+        save_model(model, tokenizer, folder / "model")
+        if best.step == self.progress.step:
+            told["best_model"] = told["model"]
+        elif best.step is not None:
+            found = checkpoint.find(self.checkpoints / checkpoint.name_of(best.step))
+            assert found is not None
+            checkpoint.restore_weights(found.folder, model)
+            save_model(model, tokenizer, folder / "best")
+            told["best_model"] = str(folder / "best")
+        return told
+
+
+def identity_of(errand: Train, store: TokenStore) -> Identity:
+    """Return what has to be the same for a checkpoint of this errand to be resumed."""
+    return Identity(
+        data=errand.data_contents,
+        samples=len(store),
+        tokenizer=errand.plan.workload.tokenizer_fingerprint,
+        effective_batch_size=errand.plan.batching.effective_batch_size,
+        seed=errand.recipe.seed,
+        optimizer=errand.plan.workload.optimizer,
+        frozen=errand.plan.workload.frozen,
+    )
+
+
+def _prepare(errand: Train) -> tuple[Train, Any, TokenStore, Metrics]:
+    """Build the model and prove the layout, or another, on it; return the errand with the one that holds."""
+    torch.manual_seed(errand.recipe.seed)
+    model = build_for(errand.plan.workload, errand.ids, torch.device(errand.plan.hardware.device))
+    store = TokenStore(Path(errand.store))
+    verified = _verify(errand, model, store)
+    workload = errand.plan.workload.model_copy(update={"layout": verified["layout"]})
+    plan = errand.plan.model_copy(update={"workload": workload})
+    return errand.model_copy(update={"plan": plan}), model, store, verified
 
 
 def _verify(errand: Train, model: Any, store: TokenStore) -> Metrics:
@@ -128,136 +384,21 @@ def _verify(errand: Train, model: Any, store: TokenStore) -> Metrics:
     }
 
 
-def _against(plan: Plan, step: int, seconds: float, peak: int, tokens_per_second: float, tokens: int) -> Metrics:
-    """Say how true the plan was: its peaks and its forecast, for the steps that were taken, and what became.
-
-    Tokens a second are those of the steps alone, without evaluation.
-    """
-    memory, cast = plan.memory, plan.forecast
-    planned = planned_training = None
-    if cast is not None:
-        planned = cast.total_seconds * step / cast.total_steps
-        planned_training = cast.seconds_per_epoch * step / cast.steps_per_epoch
-    return {
-        "kind": "event",
-        "event": "plan_against_real",
-        "step": step,
-        "planned_peak_bytes": memory.measured_peak_bytes or memory.predicted_peak_bytes,
-        "expected_peak_bytes": memory.expected_peak_bytes,
-        "real_peak_bytes": peak,
-        "planned_seconds": planned,
-        "real_seconds": seconds,
-        "planned_tokens_per_second": tokens / planned_training if planned_training else None,
-        "real_tokens_per_second": tokens_per_second,
-    }
+def _resumed(errand: Train, store: TokenStore, model: Any) -> Found | None:
+    """Return the checkpoint that is to be gone on from, whole and of this run; None where there is none."""
+    if errand.resume is None:
+        return None
+    found, own = checkpoint.find(Path(errand.resume.place)), Path(errand.output_dir) / checkpoint.FOLDER
+    checkpoint.clear_partials(own)
+    if found is None:
+        return None
+    checkpoint.check_model(found.folder, model)
+    if not errand.resume.weights_only:
+        checkpoint.check_identity(found, identity_of(errand, store))
+        if found.folder.parent.resolve() == own.resolve() and not found.damaged:
+            checkpoint.give_up_after(own, found.manifest.step)
+    return found
 
 
-def _steps(
-    errand: Train,
-    state: TrainState,
-    store: TokenStore,
-    total_steps: int,
-    meter: PeakMeter,
-    evaluator: Evaluator,
-    best: Best,
-    stop: Callable[[], bool],
-) -> Iterator[Metrics]:
-    """Take steps and evaluate between them; a row is read when the device has begun the next step, where it can."""
-    recipe, effective = errand.recipe, errand.plan.batching.effective_batch_size
-    every = recipe.eval_every or (math.ceil(len(store) / effective) if evaluator.validation else total_steps)
-    epoch, waits, unread = 0, state.loss_scale.device.type in WAITS, None
-    while state.step < total_steps:
-        permutation = Order(len(store), recipe.seed, epoch)
-        for first in range(0, len(store), effective):
-            taken = _one_step(errand, state, store, permutation[first : first + effective], total_steps, meter, epoch)
-            if unread is not None:
-                yield _read(unread)
-            unread = taken
-            stopped = stop()
-            ended = stopped or state.step == total_steps
-            evaluates = not stopped and (ended or state.step % every == 0)
-            if waits or ended or evaluates:
-                yield _read(unread)
-                unread = None
-            if evaluates:
-                yield from _evaluate(errand, state, evaluator, best)
-            if best.without >= (recipe.early_stopping or math.inf):
-                ending = {"kind": "event", "event": "early_stopping", "step": state.step}
-                yield ending | {"evaluations": best.without} | best.told()
-                return
-            if ended or (unread is None and stop()):
-                return
-        epoch += 1
-
-
-def _evaluate(errand: Train, state: TrainState, evaluator: Evaluator, best: Best) -> Iterator[Metrics]:
-    """Evaluate, and keep the model if it is the best so far."""
-    for row in evaluator.evaluate(state.model, state.step):
-        if row["kind"] == "validation":
-            row["best"] = best.take(state.step, row["loss"])
-            if row["best"]:
-                save_model(state.model, Path(errand.tokenizer_dir), best.folder)
-        yield row
-
-
-def _one_step(
-    errand: Train,
-    state: TrainState,
-    store: TokenStore,
-    ids: Any,
-    total_steps: int,
-    meter: PeakMeter,
-    epoch: int,
-) -> Metrics:
-    plan, recipe = errand.plan, errand.recipe
-    share = ids[: share_of(len(ids), plan.batching.world_size, 0)]
-    special = special_tokens(state.model, errand)
-    began = time.perf_counter()
-    batches = lay_out(share, plan.batching.micro_batch_size, store, plan.workload, special)
-    targets = target_count(ids, store)
-    data_seconds = time.perf_counter() - began
-    rate = learning_rate_at(state.step, total_steps, recipe)
-    prepare_heap(state.loss_scale.device, plan.workload.cpu_allocator)
-    meter.reset()
-    loss, norm = train_step(state, batches, targets, plan.workload, rate, recipe.clip)
-    state.step += 1
-    state.samples += len(ids)
-    return {
-        "kind": "train",
-        "step": state.step,
-        "epoch": epoch + 1,
-        "loss": loss,
-        "learning_rate": rate,
-        "gradient_norm": norm,
-        "samples": len(ids),
-        "tokens": sum(batch.tokens for batch in batches),
-        "target_tokens": targets,
-        "padded_tokens": sum(batch.padded_tokens for batch in batches),
-        "micro_batches": len(batches),
-        "data_seconds": data_seconds,
-        "peak_memory_bytes": meter.peak_bytes(),
-    }
-
-
-def _read(row: Metrics) -> Metrics:
-    """Read what a step left on the device, which waits for it."""
-    return row | {name: row[name].item() for name in ("loss", "gradient_norm")}
-
-
-def _utilization(plan: Plan, model: Any) -> Callable[[Metrics, float], Metrics]:
-    """Return what says of a step which share it took of the device's rate of matrix products, where that is known."""
-    flops, rates = token_flops(model), plan.speed.matrix_flops if plan.speed else {}
-    rate = rates.get(plan.workload.precision)
-
-    def utilization(row: Metrics, seconds: float) -> Metrics:
-        used = flops.of_step(row["tokens"], row["target_tokens"]) / seconds
-        return {"model_flops_utilization": used / rate} if rate else {}
-
-    return utilization
-
-
-def _timed(row: Metrics, seconds: float, utilization: Callable[[Metrics, float], Metrics]) -> Metrics:
-    row = row | {"seconds": seconds}
-    if row["kind"] != "train":
-        return row
-    return row | {"tokens_per_second": row["tokens"] / seconds} | utilization(row, seconds)
+def _trained(state: TrainState) -> list[Tensor]:
+    return [p for group in state.optimizer.param_groups for p in group["params"]]

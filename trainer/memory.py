@@ -140,3 +140,8 @@ def is_memory_error(error: BaseException) -> bool:
     """Say whether an error is that of an allocator, or of a library, that could not get its memory."""
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(m in text for m in MEMORY_ERRORS)
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, on a line."""
+    return (str(error) or type(error).__name__).splitlines()[0]

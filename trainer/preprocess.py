@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from autotune.errands import DataSummary, ModelSummary, Preprocess, Preprocessed, ShownToken, TokenIds
 from autotune.errors import ConfigurationError, MachineError, UserError
 from autotune.plan import Stage
-from trainer.data import StoreFacts, StoreWriter, TokenStore
+from trainer.data import StoreFacts, StoreWriter, TokenStore, contents_of
 from trainer.encode import Encoder, end_ids
 from trainer.fingerprints import keep_stamps, stamps
 from trainer.model import PRESETS, summarise
@@ -32,7 +32,7 @@ from trainer.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = "2"
+FORMAT = "3"
 """Changes when a store written by an older version would be read or cut in another way."""
 SUMMARY = "summary.json"
 SAVE_SECONDS = 1.0
@@ -176,6 +176,7 @@ def _store(errand: Preprocess, source: Source, part: Part | None, encoder: Encod
                 files=tuple(map(str, source.files)),
                 store=str(folder),
                 fingerprint=key,
+                contents=contents_of(partial),
                 stage=encoder.stage,
                 rows=facts.rows,
                 samples=facts.samples,

@@ -26,17 +26,13 @@ SCALE_GROWTH_STEPS = 2000
 
 @dataclass
 class TrainState:
-    """All that a run must keep; everything else follows from the plan, the recipe and the data."""
+    """What a step changes."""
 
     model: Any
     optimizer: torch.optim.Optimizer
     loss_scale: Tensor
     """What the loss is multiplied by before the backward; 1 but for fp16."""
     steps_since_overflow: Tensor
-    step: int = 0
-    """Optimizer steps done."""
-    samples: int = 0
-    """Samples used in them, over all epochs."""
 
 
 def start(model: Any, workload: Workload, weight_decay: float) -> TrainState:
@@ -67,7 +63,7 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Take one step; return its loss (mean over target tokens) and gradient norm before clipping, as tensors."""
     loss = accumulate(state, micro_batches, target_tokens, workload)
-    return loss, update(state, workload, learning_rate, clip)
+    return loss, update(state, loss, workload, learning_rate, clip)
 
 
 def accumulate(
@@ -95,8 +91,10 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
-def update(state: TrainState, workload: Workload, learning_rate: float, clip: float) -> Tensor:
-    """Clip, step and zero; return the norm of the unscaled gradient. A gradient that is not finite changes no weight.
+def update(state: TrainState, loss: Tensor, workload: Workload, learning_rate: float, clip: float) -> Tensor:
+    """Clip, step and zero; return the norm of the unscaled gradient.
+
+    A gradient or a loss that is not finite changes no weight and no moment.
 
     Unscaling and clipping ride on the optimizer, which divides by `grad_scale` as it reads the gradient, and
     leaves weights and moments alone where `found_inf` is 1 (what torch.amp.GradScaler hands it).
@@ -104,7 +102,7 @@ def update(state: TrainState, workload: Workload, learning_rate: float, clip: fl
     gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients) / state.loss_scale
     shrink = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip > 0 else torch.ones_like(norm)
-    overflow = 1.0 - norm.isfinite().float()
+    overflow = 1.0 - (norm + loss).isfinite().float()
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.optimizer.grad_scale = (state.loss_scale / shrink).float()  # type: ignore[attr-defined]

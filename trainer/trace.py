@@ -192,11 +192,11 @@ class _TracedStep:
 
     def _accumulate(self, batch: MicroBatch) -> None:
         with self.ledger.making("activations"):
-            accumulate(self.state, [batch], 1, self.workload)
+            self._loss = accumulate(self.state, [batch], 1, self.workload)
 
     def _update(self, making: str = "temporaries") -> None:
         with self.ledger.making(making):
-            update(self.state, self.workload, RATE, CLIP)
+            update(self.state, self._loss, self.workload, RATE, CLIP)
 
     def _evaluate(self, batch: MicroBatch) -> None:
         with self.ledger.making("activations"):

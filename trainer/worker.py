@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import chain
 from math import inf
 from pathlib import Path
 from types import FrameType
@@ -28,7 +29,8 @@ from trainer.compiled import is_compile_error
 from trainer.dry import take_dry_steps
 from trainer.fingerprints import Hashing
 from trainer.loop import train
-from trainer.memory import is_memory_error
+from trainer.memory import first_line, is_memory_error
+from trainer.rows import RowFile
 from trainer.trace import trace
 
 OUT_OF_MEMORY_EXIT = 9
@@ -64,7 +66,7 @@ def main() -> NoReturn:
     except (RuntimeError, MemoryError) as error:
         if is_memory_error(error):
             traceback.print_exc()
-            events.send("out_of_memory", message=str(error).splitlines()[0] if str(error) else type(error).__name__)
+            events.send("out_of_memory", message=first_line(error))
             _leave(OUT_OF_MEMORY_EXIT)
         if not is_compile_error(error):
             raise
@@ -102,21 +104,20 @@ def _train(errand: Train, events: Events) -> None:
     stopped, folder = _Stop(), Path(errand.output_dir)
     hashing = Hashing([Path(store) for store in (errand.store, errand.validation_store) if store])
     hashing.start()
+    rows = _and_changes(train(errand, stopped), hashing)
+    first = next(rows)  # which says whether it goes on from a checkpoint
     with (
-        (folder / "metrics.jsonl").open("w", encoding="utf-8") as metrics,
-        (folder / "samples.jsonl").open("w", encoding="utf-8") as samples,
+        RowFile(folder / "metrics.jsonl", first.get("step", 0)) as metrics,
+        RowFile(folder / "samples.jsonl", first.get("evaluated_at", 0)) as samples,
         Board(folder) if errand.tensorboard else nullcontext() as board,
     ):
-        for row in _and_changes(train(errand, stopped), hashing):
+        for row in chain([first], rows):
             # JSON has no word for a loss that is not finite.
             row = {name: None if value != value or value in (inf, -inf) else value for name, value in row.items()}
             if row["kind"] == "sample":
-                told = {name: value for name, value in row.items() if name != "kind"}
-                samples.write(json.dumps(told, ensure_ascii=False) + "\n")
-                samples.flush()
+                samples.write({name: value for name, value in row.items() if name != "kind"})
             else:
-                metrics.write(json.dumps(row, allow_nan=False) + "\n")
-                metrics.flush()
+                metrics.write(row, sync=row.get("event") == "checkpoint")
                 if board is not None:
                     board.add(row)
             events.send("metrics", row=row)
@@ -137,7 +138,7 @@ class _Stop:
 
     def __init__(self) -> None:
         self._asked = False
-        for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self._ask)
 

@@ -1,0 +1,81 @@
+"""One run at a time in a folder: a lock that the kernel takes back when its holders are gone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from autotune.errors import MachineError, RunExistsError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[int]:
+    """Make the folder if need be, and hold it; yields the descriptor, by which a worker that gets it holds it too.
+
+    Raises RunExistsError where another run has it, naming its process, and MachineError where it cannot be made. A
+    folder in which nothing was left goes again.
+    """
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _locked(folder / LOCK)
+    except OSError as error:
+        raise MachineError(f"{folder}: {error.strerror}", "give an --output-dir that can be written") from None
+    with file:
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        try:
+            yield file.fileno()
+        finally:
+            with suppress(OSError):  # Windows keeps what is open
+                (folder / LOCK).unlink()
+            if made:
+                with suppress(OSError):  # where something was left
+                    folder.rmdir()
+
+
+def _locked(path: Path) -> IO[str]:
+    """Return the file, held; anew where its last holder removed it between our opening and our taking it."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8")
+        if not _taken(file):
+            with file:
+                raise RunExistsError(
+                    f"{path.parent} is in use by {file.read().strip() or 'another run'}",
+                    "wait for it to end, or give another --output-dir",
+                )
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
+        file.close()
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _taken(file: IO[str]) -> bool:
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+else:
+    import fcntl
+
+    def _taken(file: IO[str]) -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

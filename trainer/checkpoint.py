@@ -1,0 +1,399 @@
+"""Checkpoints: there whole or not at all, and read only where every byte is what was written.
+
+    checkpoints/step-00000500/{model.safetensors, optimizer.safetensors, state.json, manifest.json}
+
+A checkpoint is written to a hidden folder beside the others. Every file is synced, then a manifest with the size and
+hash of each, then the folder is renamed, which is what makes it one, and its parent synced; only then older ones go.
+After a loss of power there is the old or the new, never a mix. Tensors are safetensors, all else JSON: nothing that is
+read can run code. Knows files and tensors; when to save is the loop's affair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from autotune.errands import Recipe
+from autotune.errors import ConfigurationError, MachineError
+from autotune.plan import Fact, Plan
+from trainer.progress import Progress
+from trainer.step import TrainState
+
+FOLDER, GIVEN_UP = "checkpoints", "checkpoints-given-up"
+MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+NAME = re.compile(r"step-(\d{8,})")
+KEPT_AT_LEAST = 2
+"""Whatever --keep-last says: where the newest does not verify there has to be another."""
+SMALL_FILES_BYTES = 2**20
+"""State, manifest, headers and folders, at most."""
+CHECKSUM = re.compile(rb'\{"checksum": "([0-9a-f]{64})",\n')
+"""How a manifest begins: the hash of all that follows in its file."""
+MIB = 2**20
+
+
+class Identity(Fact):
+    """What has to be the same for a run to go on as if it had not been stopped."""
+
+    data: str
+    """Hash of the samples, whatever the files are called."""
+    samples: int
+    tokenizer: str | None
+    effective_batch_size: int
+    seed: int
+    optimizer: str
+    frozen: tuple[str, ...]
+
+
+class FileFacts(Fact):
+    """What a file is, to the byte."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(Fact):
+    """What a checkpoint is, and of what."""
+
+    schema_name: Literal["chatlm.checkpoint/1"] = Field(alias="schema")
+    step: int
+    samples: int
+    """Used so far, over all epochs: the place in the data."""
+    identity: Identity
+    recipe: Recipe
+    plan: str
+    """Hash of the plan that was trained: under another, losses may differ in their last digits."""
+    versions: dict[str, str]
+    files: dict[str, FileFacts]
+
+
+class SavedState(Fact):
+    """What of a training is no tensor."""
+
+    progress: Progress
+    loss_scale: float
+    steps_since_overflow: float
+
+
+SAVED_STATE = TypeAdapter(SavedState)
+
+
+class DamagedError(Exception):
+    """A folder that is no whole checkpoint; says why."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose every byte was verified."""
+
+    folder: Path
+    manifest: Manifest
+    damaged: tuple[str, ...]
+    """Newer ones that were passed over, each with the reason."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint is of: whoever resumes it holds this against his own."""
+
+    identity: Identity
+    recipe: Recipe
+    plan: Plan
+
+    @property
+    def plan_hash(self) -> str:
+        """Hash of all that decides the numbers of a step."""
+        workload = self.plan.workload.model_dump_json(exclude={"model", "data_fingerprint", "tokenizer_fingerprint"})
+        decides = (workload, self.plan.batching.model_dump_json(), self.plan.hardware.device)
+        return hashlib.sha256("\n".join(decides).encode()).hexdigest()
+
+
+def save(checkpoints: Path, state: TrainState, progress: Progress, origin: Origin, keep_last: int) -> Path:
+    """Commit a checkpoint, and remove what is older than the last so many; the best stays.
+
+    Raises MachineError where the disk is full or fails: what was there before is then there still.
+    """
+    target = checkpoints / name_of(progress.step)
+    partial = checkpoints / f".{target.name}.partial"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        _discard(partial)
+        _check_room(checkpoints, state)
+        partial.mkdir()
+        _write(partial, state, progress, origin)
+        _discard(target)  # one that is damaged, or of a future that a resume gave up
+        os.rename(partial, target)  # noqa: PTH104 # fails where there is one already
+        _sync(checkpoints)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise MachineError(
+            f"{target} could not be saved: {said}", "free some of the disk; what was saved before is still there"
+        ) from None
+    _rotate(checkpoints, keep_last, progress.best.step)
+    return target
+
+
+def find(place: Path) -> Found | None:
+    """Return the newest checkpoint that verifies, in the folder of a run or of checkpoints, or which it is itself.
+
+    None where there is none at all; raises MachineError where not one of them is whole.
+    """
+    if (place / MANIFEST).exists() or NAME.fullmatch(place.name):
+        candidates = [place]
+    else:
+        candidates = _all(place / FOLDER if (place / FOLDER).is_dir() else place)
+    damaged: list[str] = []
+    for folder in candidates:
+        try:
+            return Found(folder, verify(folder), tuple(damaged))
+        except DamagedError as error:
+            damaged.append(f"{folder.name}: {error}")
+    if damaged:
+        raise MachineError(
+            f"{place}: no checkpoint is whole: {'; '.join(damaged)}",
+            "begin anew in another --output-dir, or give --resume-from the folder of another checkpoint",
+        )
+    return None
+
+
+def verify(folder: Path) -> Manifest:
+    """Return the manifest of a checkpoint whose every file is what was written, by size and hash; else DamagedError."""
+    try:
+        written = (folder / MANIFEST).read_bytes()
+    except OSError as error:
+        raise DamagedError(f"{MANIFEST} cannot be read ({error.strerror})") from None
+    head = CHECKSUM.match(written)
+    if head is None or hashlib.sha256(written[head.end() :]).hexdigest().encode() != head[1]:
+        raise DamagedError(f"{MANIFEST} is not what was written")
+    try:
+        manifest = Manifest.model_validate_json(b"{" + written[head.end() :])
+    except ValidationError as error:
+        raise DamagedError(f"{MANIFEST} is of another version of chatlm ({error.errors()[0]['loc']})") from None
+    if folder.name != name_of(manifest.step):
+        raise DamagedError(f"it is step {manifest.step}, under another name")
+    for name, facts in manifest.files.items():
+        try:
+            size = (folder / name).stat().st_size
+            if size != facts.bytes:
+                raise DamagedError(f"{name} has {size:,} bytes, {facts.bytes:,} were written")
+            if _hash(folder / name) != facts.sha256:
+                raise DamagedError(f"{name} is not what was written")
+        except OSError as error:
+            raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
+    return manifest
+
+
+def check_identity(found: Found, now: Identity) -> None:
+    """Raise ConfigurationError, by name, where going on would not be the same run."""
+    before = found.manifest.identity
+    for name in Identity.model_fields:
+        then, today = getattr(before, name), getattr(now, name)
+        if then != today:
+            what = name.replace("_", " ")
+            raise ConfigurationError(
+                f"{found.folder} was trained with another {what}: {_shown(then)} then, {_shown(today)} now",
+                "give what it was trained with, or begin a new run from its weights alone: --resume-from "
+                f"{found.folder} --resume-weights-only --output-dir NEW",
+            )
+
+
+def restore(found: Found, state: TrainState) -> Progress:
+    """Set weights, moments and loss scale to those of a checkpoint; return how far it was."""
+    restore_weights(found.folder, state.model)
+    names = _names(state.model)
+    with safe_open(found.folder / OPTIMIZER, "pt") as saved:
+        for key in saved.keys():  # noqa: SIM118 # it is no mapping
+            moment, _, name = key.partition(".")
+            parameter = names[name]
+            state.optimizer.state[parameter][moment] = saved.get_tensor(key).to(parameter.device, copy=True)
+    text = SAVED_STATE.validate_json((found.folder / STATE).read_bytes())
+    state.loss_scale.fill_(text.loss_scale)
+    state.steps_since_overflow.fill_(text.steps_since_overflow)
+    return text.progress
+
+
+def check_model(folder: Path, model: Any) -> None:
+    """Raise ConfigurationError where a checkpoint's weights have other names or shapes than the model's."""
+    with safe_open(folder / MODEL, "pt") as saved:
+        theirs = {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
+    ours = {name: tuple(tensor.shape) for name, tensor in _weights(model).items()}
+    if different := sorted(name for name in theirs.keys() | ours if theirs.get(name) != ours.get(name)):
+        first = different[0]
+        raise ConfigurationError(
+            f"{folder} is of another model: {len(different)} of its weights differ, first {first}: "
+            f"{theirs.get(first, 'none')} there, {ours.get(first, 'none')} here",
+            "give the --model that it was trained with",
+        )
+
+
+@torch.no_grad()
+def restore_weights(folder: Path, model: Any) -> None:
+    """Set a model's weights to those of a checkpoint, whose names and shapes are its own."""
+    with safe_open(folder / MODEL, "pt") as saved:
+        for name, tensor in _weights(model).items():
+            tensor.copy_(saved.get_tensor(name))
+
+
+def size_of(state: TrainState) -> int:
+    """Return the bytes that a checkpoint takes."""
+    tensors = [*_weights(state.model).values(), *_moments(state).values()]
+    return sum(tensor.nbytes for tensor in tensors) + SMALL_FILES_BYTES
+
+
+def _check_room(checkpoints: Path, state: TrainState) -> None:
+    needed, free = size_of(state), shutil.disk_usage(checkpoints).free
+    if free < needed:
+        raise OSError(f"it takes {needed / MIB:,.0f} MiB, and the disk has {free / MIB:,.0f} MiB free")
+
+
+def _write(folder: Path, state: TrainState, progress: Progress, origin: Origin) -> None:
+    for name, tensors in ((MODEL, _weights(state.model)), (OPTIMIZER, _moments(state))):
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name, {"format": "pt"})
+    text = SavedState(
+        progress=progress,
+        loss_scale=state.loss_scale.item(),
+        steps_since_overflow=state.steps_since_overflow.item(),
+    )
+    (folder / STATE).write_bytes(SAVED_STATE.dump_json(text, indent=2))
+    names = (MODEL, OPTIMIZER, STATE)
+    for name in names:
+        _sync(folder / name)
+    manifest = Manifest(
+        schema="chatlm.checkpoint/1",
+        step=progress.step,
+        samples=progress.samples,
+        identity=origin.identity,
+        recipe=origin.recipe,
+        plan=origin.plan_hash,
+        versions={
+            "chatlm": version("chatlm"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        },
+        files={n: FileFacts(bytes=(folder / n).stat().st_size, sha256=_hash(folder / n)) for n in names},
+    )
+    body = manifest.model_dump_json(by_alias=True, indent=2).encode()[1:]
+    checksum = hashlib.sha256(body).hexdigest().encode()
+    (folder / MANIFEST).write_bytes(b'{"checksum": "' + checksum + b'",\n' + body)
+    _sync(folder / MANIFEST)
+    _sync(folder)
+
+
+def _rotate(checkpoints: Path, keep_last: int, best_step: int | None) -> None:
+    """Remove what is older than the last so many, but the best, where two of those that stay are whole.
+
+    The newest is: it was hashed as it was written.
+    """
+    newest_first = _all(checkpoints)
+    kept = newest_first[: max(keep_last, KEPT_AT_LEAST)]
+    older = [folder for folder in newest_first[len(kept) :] if folder.name != name_of(best_step or 0)]
+    if older and any(map(_is_whole, kept[1:])):
+        for folder in older:
+            _discard(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except DamagedError:
+        return False
+    return True
+
+
+def name_of(step: int) -> str:
+    """Return the name of a step's folder."""
+    return f"step-{step:08d}"
+
+
+def _all(checkpoints: Path) -> list[Path]:
+    """Return what is named as a checkpoint, the newest first."""
+    found = [folder for folder in checkpoints.glob("step-*") if NAME.fullmatch(folder.name)]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def clear_partials(checkpoints: Path) -> None:
+    """Remove what a save or a removal that was killed has left."""
+    for folder in checkpoints.glob(".step-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def give_up_after(checkpoints: Path, step: int) -> list[Path]:
+    """Move checkpoints of later steps aside, so that none is taken for the newest again; return where they are."""
+    moved = []
+    for folder in _all(checkpoints):
+        if _step_of(folder) > step:
+            aside = checkpoints.with_name(GIVEN_UP) / folder.name
+            _discard(aside)
+            aside.parent.mkdir(exist_ok=True)
+            moved.append(folder.rename(aside))
+    return moved
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder: hidden first, so that one half removed is never taken for a checkpoint."""
+    if not folder.exists():
+        return
+    hidden = folder.with_name(f".{folder.name.lstrip('.')}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Make what is written outlast a loss of power; a folder too, where the system can."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _names(model: Any) -> dict[str, Tensor]:
+    """Return the parameters by name; those that are tied are one."""
+    return dict(model.named_parameters())
+
+
+def _weights(model: Any) -> dict[str, Tensor]:
+    """Return what a model is: its parameters, and those of its buffers that are saved with it."""
+    saved = model.state_dict()
+    buffers = {name: tensor for name, tensor in model.named_buffers() if name in saved}
+    return {name: tensor.detach() for name, tensor in (_names(model) | buffers).items()}
+
+
+def _moments(state: TrainState) -> dict[str, Tensor]:
+    """Return what the optimizer keeps of each parameter."""
+    names = {parameter: name for name, parameter in _names(state.model).items()}
+    return {
+        f"{moment}.{names[parameter]}": tensor
+        for parameter, kept in state.optimizer.state.items()
+        for moment, tensor in kept.items()
+    }
+
+
+def _shown(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else str(value)
