@@ -267,6 +267,10 @@ class Train(Fact):
     """Hash of the samples (`DataSummary.contents`)."""
     saving: Saving
     resume: Resume | None
+    backend: Literal["gloo", "nccl"] | None
+    """What carries gradients between ranks; None: nccl between cards, else gloo."""
+    heartbeat_seconds: Annotated[float, Field(gt=0)]
+    """Without a sign of life of a rank, after which all end."""
     tensorboard: bool
     """Whether rows of metrics also go where TensorBoard reads them."""
 

@@ -47,12 +47,38 @@ class HostMemory(NamedTuple):
 def read_hardware(
     output_dir: Path, world_size: int = 1, nvml: Any = None, environ: Mapping[str, str] = os.environ
 ) -> Hardware:
-    """Read the first visible CUDA device, else the CPU, and the host's memory, cores and disk, all in bytes.
+    """Read the visible CUDA device, else the CPU, and the host's memory, cores and disk, all in bytes.
 
-    `nvml` has the interface of the module pynvml, which is the default. `world_size` is only recorded: the
-    device is the first rank's. Raises `MachineError` if there is no disk to write `output_dir` to.
+    So many ranks take a device each: what is read is the one with the least memory free, and each has its share of the
+    cores, and of the memory where all have that of the host. `nvml` has the interface of the module pynvml, which is
+    the default. Raises `MachineError` if there is no disk to write `output_dir` to, or too few cards for the ranks.
     """
-    return _tie(read_card(environ.get("CUDA_VISIBLE_DEVICES"), nvml), world_size, output_dir)
+    hardware = _tie(_weakest(environ.get("CUDA_VISIBLE_DEVICES"), world_size, nvml), world_size, output_dir)
+    share = {"cores": max(1, hardware.cores // world_size)}
+    if hardware.device == "cpu":
+        share["device_memory_free_bytes"] = hardware.device_memory_free_bytes // world_size
+    return hardware.model_copy(update=share)
+
+
+def _weakest(visible: str | None, world_size: int, nvml: Any) -> Look:
+    """Look at the first visible cards, one for each rank; return the one with the least memory free."""
+    if world_size == 1:
+        return read_card(visible, nvml)
+    entries = [str(i) for i in range(world_size)] if visible is None else visible.split(",")
+    looks = [read_card(entry, nvml) for entry in entries[:world_size]]
+    cards = [look for look in looks if look.card is not None]
+    if cards and len(cards) < world_size:
+        why = next((look.notes[0] for look in looks if look.card is None and look.notes), "no other is visible")
+        raise MachineError(
+            f"{world_size} ranks take {world_size} cards, {len(cards)} can be used: {why}",
+            f"give --ranks {len(cards)}, or see CUDA_VISIBLE_DEVICES",
+        )
+    return min(cards, key=_free_bytes) if cards else looks[0]
+
+
+def _free_bytes(look: Look) -> int:
+    assert look.card is not None
+    return look.card.memory.free_bytes if look.card.memory else sys.maxsize
 
 
 def imagine_hardware(card: str, world_size: int, output_dir: Path) -> Hardware:
@@ -87,6 +113,15 @@ def read_control_group_limits(process: Path = PROCESS) -> list[GroupLimit]:
     """
     limits = (_read_group_limit(directory) for directory in _find_groups("memory", process))
     return [limit for limit in limits if limit]
+
+
+def count_memory_kills(process: Path = PROCESS) -> int:
+    """Count the processes that the kernel has killed for memory in our control group; 0 where it does not tell."""
+    for directory in _find_groups("memory", process):
+        for name in ("memory.events", "memory.oom_control"):  # of version 2, and of version 1
+            if found := re.search(r"^oom_kill (\d+)$", _read_text(directory / name), re.MULTILINE):
+                return int(found[1])
+    return 0
 
 
 def count_cores(process: Path = PROCESS) -> int:

@@ -20,6 +20,8 @@ from tempfile import TemporaryFile
 from types import TracebackType
 from typing import IO, Any
 
+import psutil
+
 from autotune.errands import Errand
 from autotune.errors import KINDS
 from autotune.plan import CpuAllocator
@@ -28,6 +30,8 @@ Event = dict[str, Any]
 
 COMMAND = (sys.executable, "-P", "-m", "trainer.worker")
 """-P: a file of the user's that is called trainer.py, in the folder he stands in, is not ours."""
+LAUNCH = (*COMMAND[:-1], "trainer.launch")
+"""The same for several ranks, of which each is such a worker."""
 HOME = Path(__file__).resolve().parent.parent
 """Where our rooms lie: the worker runs the same code as we do."""
 
@@ -62,6 +66,7 @@ class Worker:
     """One worker: give it its errand, iterate for its events, then ask how it ended. Leaving the context ends it.
 
     It starts at once, and imports what it needs while it waits for its errand. What it inherits are descriptors.
+    Several ranks are one worker: errand and events go through the first, and `cores` are those of each.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class Worker:
         allocator: CpuAllocator = "fast",
         log: IO[bytes] | None = None,
         inherits: tuple[int, ...] = (),
+        ranks: int = 1,
     ) -> None:
         self.allocator, self._own_log = allocator, log is None
         self._log: IO[bytes] = log or TemporaryFile()  # noqa: SIM115 # closed when the worker is left
@@ -89,7 +95,7 @@ class Worker:
         self._lines: queue.Queue[bytes | None] = queue.Queue()
         # A session (on Windows a group) of its own: Ctrl-C in the terminal reaches us alone, and we tell the worker.
         self._process = subprocess.Popen(
-            COMMAND,
+            COMMAND if ranks == 1 else (*LAUNCH, str(ranks)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -115,8 +121,7 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
+        self.kill()
         self._process.wait()
         self._reader.join()
         assert self._process.stdin is not None
@@ -179,7 +184,12 @@ class Worker:
         self._process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT))
 
     def kill(self) -> None:
-        """End it at once."""
+        """End it at once, with all that it started; nothing where it has ended."""
+        if self._process.poll() is not None:
+            return
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(self._process.pid).children(recursive=True):
+                child.kill()
         self._process.kill()
 
     def last_words(self) -> str:

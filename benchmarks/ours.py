@@ -49,7 +49,7 @@ def main() -> None:
     train = Train(
         plan=plan, recipe=recipe, store=f"{folder}/store", validation_store=None, tokenizer_dir=f"{folder}/tokenizer",
         ids=TokenIds(pad=0, eos=1, bos=None), output_dir=f"{folder}/run", tensorboard=False,
-        data_contents="", resume=None,
+        data_contents="", resume=None, backend=None, heartbeat_seconds=60,
         saving=Saving(every_steps=None, every_seconds=None, each_epoch=False, keep_last=2),
     )  # fmt: skip
     with Worker(plan.hardware.cores, plan.workload.cpu_allocator) as worker:

@@ -343,7 +343,7 @@ def train(plan: Plan, folder: Path, shares: tuple[float, ...]) -> int:
         plan=plan.model_copy(update={"batching": batching}), recipe=RECIPE, store=str(folder / "train"),
         validation_store=str(folder / "validation"), tokenizer_dir=str(folder / "tokenizer"),
         ids=TokenIds(pad=0, eos=1, bos=None), output_dir=str(folder / "run"), tensorboard=False,
-        data_contents="", resume=None,
+        data_contents="", resume=None, backend=None, heartbeat_seconds=60,
         saving=Saving(every_steps=None, every_seconds=None, each_epoch=False, keep_last=2),
     )  # fmt: skip
     with Worker(plan.hardware.cores, work.cpu_allocator) as worker:

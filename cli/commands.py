@@ -37,6 +37,7 @@ from cli.training import Job, train
 from cli.whatif import Stage, longest_asked, parse_lever
 from cli.wiring import (
     cache_dir,
+    check_ranks,
     check_reporting,
     check_same_hardware,
     fit_plan,
@@ -254,6 +255,7 @@ def _planned(resolved: Resolved, plan: Plan, *, as_it_was: bool = False) -> Job:
     """Take a plan that was made before, here or elsewhere, or, to go on, on hardware that must be the same."""
     settings = settings_of_plan(plan, resolved)
     hardware = _read_hardware(settings)
+    check_ranks(plan, hardware)
     if as_it_was:
         check_same_hardware(plan, hardware)
     limit, headroom = memory_wishes(settings)
@@ -303,7 +305,7 @@ def _estimate(resolved: Resolved, hardware: Hardware) -> tuple[Preprocessed, Pla
 
 def _read_hardware(settings: Settings) -> Hardware:
     """Read it, and tell at once what people should know of it: a plan may not come."""
-    hardware = read_hardware(Path(settings.output_dir or "."))
+    hardware = read_hardware(Path(settings.output_dir or "."), settings.ranks)
     for note in hardware.notes:
         warn(note)
     return hardware

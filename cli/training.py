@@ -12,8 +12,9 @@ import typer
 
 from autotune.errands import Preprocessed, Train
 from autotune.errors import NothingFitsError, UserError
+from autotune.hardware import count_memory_kills, read_host_memory
 from autotune.plan import Hardware, Plan
-from autotune.process import Worker, WorkerCrashedError
+from autotune.process import Event, Worker, WorkerCrashedError
 from cli.progress import RunProgress
 from cli.render.console import say
 from cli.render.run import print_run
@@ -59,23 +60,28 @@ def train(job: Job, run: RunPlace, lock: int, again: str) -> None:
         data_contents=facts.data.contents,
         saving=make_saving(job.settings),
         resume=run.resume,
+        backend=None if job.settings.backend == "auto" else job.settings.backend,
+        heartbeat_seconds=job.settings.heartbeat,
         tensorboard=job.settings.report_to == "tensorboard",
     )
-    allocator = job.plan.workload.cpu_allocator
+    allocator, kills = job.plan.workload.cpu_allocator, count_memory_kills()
     with (
         (folder / "log.txt").open("a+b" if run.resume else "w+b") as log,
-        Worker(job.hardware.cores, allocator, log, (lock,)) as worker,
+        Worker(job.hardware.cores, allocator, log, (lock,), job.plan.batching.world_size) as worker,
         _signals_to(worker) as signals,
         RunProgress() as progress,
     ):
         worker.give(errand)
+        failed: Event = {}
         for event in worker.events():
             if event["event"] == "metrics":
                 progress.show(event["row"])
             elif event["event"] == "out_of_memory":
                 raise _no_longer_fits(job.plan, progress, str(event["message"]))
+            elif event["event"] == "rank_failed":
+                failed = event
         if not progress.ended and (progress.steps or not signals):
-            raise _unexpected_end(worker, job.plan, progress)
+            raise _unexpected_end(worker, job.plan, progress, failed, count_memory_kills() - kills)
     print_run(progress, job.plan)
     if progress.ended == "stopped":
         say(f"go on with:  {again}")
@@ -115,7 +121,18 @@ def _no_longer_fits(plan: Plan, progress: RunProgress, message: str) -> UserErro
     )
 
 
-def _unexpected_end(worker: Worker, plan: Plan, progress: RunProgress) -> Exception:
-    if worker.was_killed:
-        return _no_longer_fits(plan, progress, "killed by signal 9, as an out-of-memory killer does")
-    return WorkerCrashedError(f"the worker ended with exit code {worker.exit_code}:\n{worker.last_words()}")
+def _unexpected_end(worker: Worker, plan: Plan, progress: RunProgress, failed: Event, kills: int) -> Exception:
+    """Explain how a worker ended that said nothing, by the rank that failed first, if there are several.
+
+    `kills` are those of the kernel for memory since it was started.
+    """
+    rank = f"rank {failed['rank']}, " if failed else ""
+    if worker.was_killed or failed.get("exit_code") == -9:
+        host = read_host_memory()
+        by = (
+            f"the kernel killed {kills} for memory in our control group" if kills else "as an out-of-memory killer does"
+        )
+        now = f"{gib(host.available_bytes)} are free now by {host.limited_by}"
+        return _no_longer_fits(plan, progress, f"{rank}killed by signal 9: {by}; {now}")
+    code = failed.get("exit_code", worker.exit_code)
+    return WorkerCrashedError(f"{rank or 'the worker '}ended with exit code {code}:\n{worker.last_words()}")

@@ -231,21 +231,25 @@ def settings_of_plan(plan: Plan, resolved: Resolved) -> Settings:
 
 def check_same_hardware(plan: Plan, hardware: Hardware) -> None:
     """Raise ConfigurationError where a plan was made for another device: its numbers would be others here."""
-    for name in ("device_name", "world_size"):
-        then, now = getattr(plan.hardware, name), getattr(hardware, name)
-        if then != now:
-            raise ConfigurationError(f"it is for {name.replace('_', ' ')} {then}, here it is {now}")
+    then, now = plan.hardware.device_name, hardware.device_name
+    if then != now:
+        raise ConfigurationError(f"it is for {then}, here is {now}")
+
+
+def check_ranks(plan: Plan, hardware: Hardware) -> None:
+    """Raise ConfigurationError where a plan is for more or fewer ranks than train here."""
+    then, now = plan.batching.world_size, hardware.world_size
+    if then != now:
+        raise ConfigurationError(
+            f"the plan is for {then} rank{'s' * (then > 1)}, and {now} train{'s' * (now == 1)} here",
+            f"give --ranks {then}, or plan again with --auto: the effective batch stays the same",
+        )
 
 
 def fit_plan(plan: Plan, facts: Preprocessed) -> Plan:
     """Return the plan with this data in it; raises ConfigurationError where the data is larger than was planned for."""
     workload, data = plan.workload, facts.data
     assert data is not None
-    if plan.batching.world_size > 1:
-        raise ConfigurationError(
-            f"the plan is for {plan.batching.world_size} ranks, and one trains here",
-            "plan again with --auto: the effective batch stays the same",
-        )
     limits = [workload.max_seq_len, workload.max_target_len][: len(data.lengths)]
     for side, limit in enumerate(limits):
         longest = max(d.longest(side) for d in (data, facts.validation) if d is not None)

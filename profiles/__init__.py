@@ -153,6 +153,16 @@ class Settings:
     report_to: Literal["none", "tensorboard"] = _setting(
         "none", "Output", "Also write the run for TensorBoard, into its folder; metrics.jsonl is always there."
     )
+    ranks: int = _setting(
+        1,
+        "Ranks",
+        "Processes that train together on this machine, each on a card of its own, or with its share of cores.",
+        "N",
+    )
+    backend: Literal["auto", "gloo", "nccl"] = _setting(
+        "auto", "Ranks", "What carries gradients between ranks; auto: nccl between cards, else gloo."
+    )
+    heartbeat: float = _setting(60.0, "Ranks", "End all where a rank has given no sign of life for so long.", "SECONDS")
     save_every: str | None = _setting(
         None,
         "Output",
@@ -299,6 +309,7 @@ AT_LEAST: dict[str, float] = {
     "bleu_rows": 0,
     "samples": 0,
     "keep_last": 1,
+    "ranks": 1,
 }
 
 
@@ -316,7 +327,7 @@ def _validated(values: Mapping[str, Any], origins: Mapping[str, str]) -> Setting
         value = getattr(settings, name)
         if value is not None and not value >= least:  # so that nan is refused too
             raise ConfigurationError(f"{name} = {value} ({origins[name]}) must be at least {least:g}")
-    for name in ("epochs", "learning_rate"):
+    for name in ("epochs", "learning_rate", "heartbeat"):
         value = getattr(settings, name)
         if value is not None and not 0 < value < float("inf"):
             raise ConfigurationError(f"{name} = {value} ({origins[name]}) must be above 0")

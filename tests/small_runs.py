@@ -15,7 +15,7 @@ from autotune.errands import Resume, TokenIds, Train
 from trainer.data import contents_of, write_store
 from trainer.encode import Sample
 from trainer.loop import train
-from trainer.ranks import Ranks
+from trainer.ranks import ALONE, Ranks
 
 Rows = list[dict[str, Any]]
 VOCABULARY = 97
@@ -55,6 +55,8 @@ def small_errand(folder: Path, family: str, **changes: Any) -> Train:
         "data_contents": contents_of(store),
         "saving": facts.saving(),
         "resume": None,
+        "backend": None,
+        "heartbeat_seconds": 60.0,
         "tensorboard": False,
     }
     Path(values["tokenizer_dir"]).mkdir(exist_ok=True)
@@ -67,7 +69,7 @@ def going_on(errand: Train, **changes: Any) -> Train:
     return errand.model_copy(update={"resume": resume} | changes)
 
 
-def run(errand: Train, stop: Callable[[Rows], bool] = lambda rows: False, ranks: Ranks = Ranks()) -> Rows:  # noqa: B008
+def run(errand: Train, stop: Callable[[Rows], bool] = lambda rows: False, ranks: Ranks = ALONE) -> Rows:
     """Train; `stop` sees the rows that there are."""
     Path(errand.output_dir).mkdir(exist_ok=True, parents=True)
     rows: Rows = []

@@ -71,6 +71,8 @@ def errand_of(tmp_path: Path, model: str = "tiny", **changes: Any) -> Train:
         "data_contents": done.data.contents,
         "saving": facts.saving(),
         "resume": None,
+        "backend": None,
+        "heartbeat_seconds": 60.0,
         "output_dir": str(tmp_path / "run"),
     }
     return Train(**(values | changes))

@@ -159,5 +159,7 @@ def errand_of(done: Preprocessed, folder: Path, asked: Recipe, layout: str) -> T
         data_contents=done.data.contents,
         saving=facts.saving(),
         resume=None,
+        backend=None,
+        heartbeat_seconds=60.0,
         tensorboard=False,
     )

@@ -362,6 +362,8 @@ ERRANDS = [
         data_contents="c0de",
         saving=saving(),
         resume=Resume(place="runs/one", weights_only=False),
+        backend="gloo",
+        heartbeat_seconds=60.0,
         tensorboard=False,
     ),
 ]

@@ -26,7 +26,7 @@ from trainer.microbatch import MicroBatch, lay_out, target_count
 from trainer.model import build_for, save_model
 from trainer.progress import PATIENCE, Progress, place_of, seed_of, told_differences
 from trainer.proof import TOLERANCE, first_samples, gradient_errors
-from trainer.ranks import Ranks
+from trainer.ranks import ALONE, Ranks
 from trainer.schedule import learning_rate_at, steps_in
 from trainer.spent import SaveClock, Spent, utilization
 from trainer.step import TrainState, accumulate, start, update
@@ -45,7 +45,7 @@ TRIES = 3
 """Of a step whose memory runs out, each but the first in micro-batches of half the rows."""
 
 
-def train(errand: Train, stop: Callable[[], bool], ranks: Ranks = Ranks()) -> Iterator[Metrics]:  # noqa: B008 # frozen
+def train(errand: Train, stop: Callable[[], bool], ranks: Ranks = ALONE) -> Iterator[Metrics]:
     """Train a plan to its end, or until `stop` says so, from the beginning or from where a checkpoint left it.
 
     Yields a `train` row for each step; for each evaluation a `sample` row for each fixed prompt, and a `validation` row

@@ -7,18 +7,35 @@ special cases. One rank agrees with itself, at no cost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from autotune.batching import share_of
 
 BUCKET_BYTES = 32 * 2**20
 """Of gradients that are added together: few enough to be held twice, enough to be worth a message."""
+
+
+BEATS = 6
+"""Within the time after which a rank that gives no sign of life is given up."""
+PATIENCE_SECONDS = 1800.0
+"""Of a message between ranks that live: one may save a large model, or answer many prompts, while the others wait."""
+LEFT = "left"
+
+
+class PeerLostError(Exception):
+    """Another rank is gone: a message to it failed."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +73,7 @@ class Ranks:
         if self.world_size == 1:
             return list(values)
         agreed = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(agreed, how, group=self.host)
+        _reduce(agreed, how, self.host)
         agreed_values: list[float] = agreed.tolist()
         return agreed_values
 
@@ -75,13 +92,95 @@ class Ranks:
                 p.grad = torch.zeros_like(p)
         for bucket in _buckets(reached):
             flat = torch.cat([p.grad.flatten() for p in bucket if p.grad is not None])
-            dist.all_reduce(flat)
+            _reduce(flat)
             for p, added in zip(bucket, torch.split(flat, [p.numel() for p in bucket]), strict=True):
                 assert p.grad is not None
                 p.grad.copy_(added.view_as(p.grad))
         loss = loss.clone()
-        dist.all_reduce(loss)
+        _reduce(loss)
         return loss
+
+
+ALONE = Ranks()
+
+
+def _reduce(tensor: Tensor, how: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+    try:
+        dist.all_reduce(tensor, how, group=group)
+    except RuntimeError as error:  # gloo's have no type of their own
+        raise PeerLostError(str(error)) from error
+
+
+@contextmanager
+def join(
+    device: torch.device, backend: str | None, heartbeat_seconds: float, lost: Callable[[int], None]
+) -> Iterator[Ranks]:
+    """Join the ranks that the environment names, as torchrun and accelerate set it; alone where it names none.
+
+    Gradients go by `backend`, by default nccl between cards and gloo between processors; verdicts by gloo. From a
+    thread of its own `lost` is told of a rank that has given no sign of life for so many seconds.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        yield Ranks()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    own = backend or ("nccl" if device.type == "cuda" else "gloo")
+    patience = timedelta(seconds=max(PATIENCE_SECONDS, heartbeat_seconds))
+    store, rank, world_size = next(rendezvous("env://", timeout=patience))
+    dist.init_process_group(own, store=store, rank=rank, world_size=world_size, timeout=patience)
+    ranks = Ranks(rank, world_size, None if own == "gloo" else dist.new_group(backend="gloo", timeout=patience))
+    beats = Heartbeat(store.clone(), ranks, heartbeat_seconds, lost)
+    beats.start()
+    try:
+        yield ranks
+        ranks.any(False)  # the one that has the store may not leave before the others
+    finally:
+        beats.leave()
+
+
+class Heartbeat(threading.Thread):
+    """Gives a sign of life of this rank in the store that all share, and looks for those of the others."""
+
+    def __init__(self, store: Any, ranks: Ranks, seconds: float, lost: Callable[[int], None]) -> None:
+        super().__init__(daemon=True)
+        self._store, self._ranks, self._seconds, self._lost = store, ranks, seconds, lost
+        self._leaving = threading.Event()
+        store.set_timeout(timedelta(seconds=seconds))
+        self._beat(0)
+
+    def run(self) -> None:
+        """Beat and look until this rank leaves."""
+        others = [rank for rank in range(self._ranks.world_size) if rank != self._ranks.rank]
+        seen, since = dict.fromkeys(others, ""), dict.fromkeys(others, time.monotonic())
+        count = 0
+        while not self._leaving.wait(self._seconds / BEATS):
+            try:
+                count += 1
+                self._beat(count)
+                now = {rank: self._store.get(f"beat {rank}").decode() for rank in others}
+            except RuntimeError:  # the rank that has the store is gone, or does not answer
+                if not self._leaving.is_set():
+                    self._lost(0)
+                return
+            for rank, beat in now.items():
+                if beat != seen[rank] or beat == LEFT:
+                    seen[rank], since[rank] = beat, time.monotonic()
+                elif time.monotonic() - since[rank] > self._seconds:
+                    self._lost(rank)
+                    return
+
+    def leave(self) -> None:
+        """Say that this rank has done its part."""
+        self._leaving.set()
+        try:
+            self._store.set(f"beat {self._ranks.rank}", LEFT)
+        except RuntimeError:  # so has the rank that has the store
+            return
+
+    def _beat(self, count: int) -> None:
+        self._store.set(f"beat {self._ranks.rank}", str(count))
 
 
 def _buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:

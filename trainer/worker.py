@@ -6,11 +6,11 @@ Started afresh for each errand, always with the same imports, so that what a dry
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -30,12 +30,14 @@ from trainer.dry import take_dry_steps
 from trainer.fingerprints import Hashing
 from trainer.loop import train
 from trainer.memory import first_line, is_memory_error
+from trainer.ranks import ALONE, PeerLostError, Ranks, join
 from trainer.rows import RowFile
+from trainer.ties import ERRAND_FILE, LOST_A_PEER, die_with_parent
 from trainer.trace import trace
 
 OUT_OF_MEMORY_EXIT = 9
+PEER_SECONDS = 1.0
 NO_COMPILE = "plan and train with --compile off; compiling takes a C++ compiler, and Triton on a card"
-PR_SET_PDEATHSIG = 1
 
 
 class Events:
@@ -57,7 +59,8 @@ class Events:
 def main() -> NoReturn:
     """Do the errand that stands on stdin; exit 0, the code of a user's mistake, or 70."""
     events = Events()
-    errand = ERRAND.validate_json(sys.stdin.buffer.read())
+    file = os.environ.get(ERRAND_FILE)
+    errand = ERRAND.validate_json(Path(file).read_bytes() if file else sys.stdin.buffer.read())
     _tie_to_parent(errand)
     try:
         _do(errand, events)
@@ -96,15 +99,38 @@ def _do(errand: Errand, events: Events) -> None:
     if isinstance(errand, Dry):
         events.send("result", result=take_dry_steps(errand).model_dump(mode="json"))
     else:
-        _train(errand, events)
+        _train_together(errand, events)
 
 
-def _train(errand: Train, events: Events) -> None:
+def _train_together(errand: Train, events: Events) -> None:
+    """Train with the other ranks, if there are any; one that loses another leaves, which its launcher then explains."""
+
+    def lost(rank: int) -> None:
+        seconds = f"{errand.heartbeat_seconds:g} s"
+        events.send("error", type="MachineError", message=f"rank {rank} has given no sign of life for {seconds}",
+                    hint="go on from the last checkpoint: --resume")  # fmt: skip
+        _leave(LOST_A_PEER)
+
+    device = torch.device(errand.plan.hardware.device)
+    try:
+        with join(device, errand.backend, errand.heartbeat_seconds, lost) as ranks:
+            if ranks.leads:
+                _train(errand, events, ranks)
+            else:
+                for _ in train(errand, _Stop(), ranks):
+                    pass
+    except PeerLostError:
+        traceback.print_exc()
+        time.sleep(PEER_SECONDS)  # so that it is seen that the other was first
+        _leave(LOST_A_PEER)
+
+
+def _train(errand: Train, events: Events, ranks: Ranks = ALONE) -> None:
     """Train until the end or a signal; each row goes to its file first, then to the supervisor."""
     stopped, folder = _Stop(), Path(errand.output_dir)
     hashing = Hashing([Path(store) for store in (errand.store, errand.validation_store) if store])
     hashing.start()
-    rows = _and_changes(train(errand, stopped), hashing)
+    rows = _and_changes(train(errand, stopped, ranks), hashing)
     first = next(rows)  # which says whether it goes on from a checkpoint
     with (
         RowFile(folder / "metrics.jsonl", first.get("step", 0)) as metrics,
@@ -161,11 +187,8 @@ def _prepare_device(errand: Dry | Train) -> None:
 
 def _tie_to_parent(errand: Errand) -> None:
     """Die with the supervisor (a training run saves first), and let a dry step be the one that an OOM killer takes."""
-    if not sys.platform.startswith("linux"):
-        return
-    last_words = signal.SIGTERM if isinstance(errand, Train) else signal.SIGKILL
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(last_words))
-    if isinstance(errand, Dry):
+    die_with_parent(signal.SIGTERM if isinstance(errand, Train) else signal.SIGKILL)
+    if isinstance(errand, Dry) and sys.platform.startswith("linux"):
         with contextlib.suppress(OSError):  # some containers mount /proc read-only
             Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 

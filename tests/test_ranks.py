@@ -1,0 +1,204 @@
+"""Several ranks are one: the same losses, samples and weights, whatever their number, and all end when one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import Rows, evaluations, going_on, losses, of_kind, run, small_errand, weights
+
+from autotune.errands import Train
+from autotune.process import Worker
+from trainer.ranks import Ranks
+
+PROGRAM = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import torch
+from autotune.errands import ERRAND
+from small_runs import of_kind, run
+from trainer.ranks import join
+
+torch.set_num_threads(1)
+with join(torch.device("cpu"), "gloo", 60.0, print) as ranks:
+    for line in Path(sys.argv[1]).read_text().splitlines():
+        rows = run(ERRAND.validate_json(line), ranks=ranks)
+        if ranks.leads:
+            print(json.dumps(rows), flush=True)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_together(errands: list[Train], world_size: int, folder: Path) -> list[Rows]:
+    """Train errands one after another on so many gloo ranks; return the rows of the first rank."""
+    file = folder / f"errands-{world_size}"
+    file.write_text("\n".join(errand.model_dump_json(by_alias=True) for errand in errands))
+    program = PROGRAM.format(tests=str(Path(__file__).parent))
+    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(file)],
+            env=os.environ | common | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    answers = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0] * world_size, answers
+    return [json.loads(line) for line in answers[0][0].splitlines()]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_give_the_losses_of_one_whatever_the_batch_and_whoever_has_no_sample(
+    world_size: int, tmp_path: Path
+) -> None:
+    """Effective batches of 1, 2, 5 and more than there are samples, last steps smaller, an encoder frozen."""
+    cases: list[dict[str, Any]] = [
+        {"family": "llama", "effective_batch_size": 1, "max_steps": 6},
+        {"family": "llama", "effective_batch_size": 5, "layout": "packed"},
+        {"family": "t5", "effective_batch_size": 2, "max_steps": 8, "frozen": ("encoder",)},
+        {"family": "t5", "effective_batch_size": 33, "samples": 40, "layout": "sorted"},
+    ]
+    errands = [
+        small_errand(tmp_path, **case, dropout=0.0, epochs=2, output_dir=str(tmp_path / f"{i}"))
+        for i, case in enumerate(cases)
+    ]
+    together = run_together(
+        [e.model_copy(update={"output_dir": f"{e.output_dir}-together"}) for e in errands], world_size, tmp_path
+    )
+    for errand, rows in zip(errands, together, strict=True):
+        alone = run(errand)
+        for name in ("loss", "gradient_norm"):
+            got, expected = ([row[name] for row in of_kind(r, "train")] for r in (rows, alone))
+            assert got == pytest.approx(expected, rel=1e-5), name
+        for name in ("samples", "tokens", "target_tokens"):
+            assert [row[name] for row in of_kind(rows, "train")] == [row[name] for row in of_kind(alone, "train")]
+        assert [row["loss"] for row in of_kind(rows, "validation")] == pytest.approx(
+            [row["loss"] for row in of_kind(alone, "validation")], rel=1e-5
+        )
+        assert rows[-1]["event"] == "finished"
+
+
+def test_two_ranks_are_resumed_to_the_bit_and_go_on_as_one(tmp_path: Path) -> None:
+    """With dropout, whose random numbers are each rank's own."""
+    whole = small_errand(tmp_path, "t5", world_size=2, output_dir=str(tmp_path / "whole"))
+    short = small_errand(tmp_path, "t5", world_size=2, output_dir=str(tmp_path / "short"), max_steps=5)
+    short = short.model_copy(update={"recipe": short.recipe.model_copy(update={"schedule": "constant", "warmup": 0.0})})
+    whole = whole.model_copy(update={"recipe": short.recipe.model_copy(update={"max_steps": None})})
+    rest = going_on(whole, output_dir=short.output_dir, place=short.output_dir)
+    rows = run_together([whole, short, rest], 2, tmp_path)
+    assert losses(rows[1]) + losses(rows[2]) == losses(rows[0])
+    assert evaluations(rows[2]) == [e for e in evaluations(rows[0]) if e[0] > 5]
+    assert weights(tmp_path / "short") == weights(tmp_path / "whole")
+    other = going_on(whole, output_dir=str(tmp_path / "one"), place=str(tmp_path / "whole" / "checkpoints"))
+    assert of_kind(run(other), "resumed")[0]["step"] == 12
+
+
+def test_shares_are_consecutive_and_differ_by_at_most_one() -> None:
+    for world_size in (1, 2, 3, 7):
+        for count in range(12):
+            shares = [list(Ranks(rank, world_size).share(range(count))) for rank in range(world_size)]
+            assert [sample for share in shares for sample in share] == list(range(count))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def launched(errand: Train, ranks: int) -> Worker:
+    Path(errand.output_dir).mkdir(exist_ok=True)
+    worker = Worker(1, ranks=ranks)
+    worker.give(errand)
+    return worker
+
+
+def rank_processes(worker: Worker) -> dict[int, int]:
+    """The process of each rank, by what its environment says."""
+    import psutil
+
+    found = {}
+    for child in psutil.Process(worker.process_id).children(recursive=True):
+        rank = child.environ().get("RANK")
+        if rank is not None:
+            found[int(rank)] = child.pid
+    return found
+
+
+def after_steps(worker: Worker, count: int) -> None:
+    for event in worker.events():
+        if event["event"] == "metrics" and event["row"]["kind"] == "train" and event["row"]["step"] >= count:
+            return
+    raise AssertionError(worker.last_words())
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Train:
+    return small_errand(tmp_path, "llama", world_size=2, epochs=100_000, validation_store=None, heartbeat_seconds=3.0)
+
+
+def test_ranks_that_are_launched_train_to_the_end(tmp_path: Path) -> None:
+    errand = small_errand(tmp_path, "llama", world_size=2)
+    with launched(errand, 2) as worker:
+        rows = [event["row"] for event in worker.events() if event["event"] == "metrics"]
+        assert worker.exit_code == 0, worker.last_words()
+    assert rows[-1]["event"] == "finished"
+    assert [row["step"] for row in of_kind(rows, "train")] == list(range(1, 13))
+
+
+def test_a_rank_that_dies_ends_all_within_ten_seconds_and_is_named(endless: Train) -> None:
+    with launched(endless, 2) as worker:
+        after_steps(worker, 3)
+        processes, began = rank_processes(worker), time.monotonic()
+        os.kill(processes[1], signal.SIGKILL)
+        (failed,) = [event for event in worker.events() if event["event"] == "rank_failed"]
+        assert worker.exit_code != 0
+        assert time.monotonic() - began < 10
+    assert (failed["rank"], failed["exit_code"]) == (1, -signal.SIGKILL)
+    assert not any(map(alive, processes.values()))
+
+
+def test_a_rank_that_hangs_is_given_up_after_its_heartbeat_and_named(endless: Train) -> None:
+    from autotune.errors import MachineError
+
+    with launched(endless, 2) as worker:
+        after_steps(worker, 3)
+        processes, began = rank_processes(worker), time.monotonic()
+        os.kill(processes[1], signal.SIGSTOP)
+        with pytest.raises(MachineError, match="rank 1 has given no sign of life for 3 s"):
+            for _ in worker.events():
+                pass
+        assert 2 < time.monotonic() - began < 10
+    assert not any(map(alive, processes.values()))
+
+
+def test_a_supervisor_that_is_gone_leaves_no_rank_and_a_checkpoint(endless: Train, tmp_path: Path) -> None:
+    """The launcher dies with it, and lets its ranks save."""
+    with launched(endless, 2) as worker:
+        after_steps(worker, 3)
+        processes = rank_processes(worker)
+        worker.interrupt()
+        rows = [event["row"] for event in worker.events() if event["event"] == "metrics"]
+    assert rows[-1]["event"] == "stopped"
+    assert of_kind(rows, "checkpoint")
+    assert not any(map(alive, processes.values()))
+
+
+def alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

@@ -1,0 +1,19 @@
+"""What ties processes to each other: a parent's death, an errand, an exit code. Knows no torch."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+ERRAND_FILE = "CHATLM_ERRAND"
+"""Environment variable that names the file where each of several ranks finds what it is to do."""
+LOST_A_PEER = 76
+"""Exit code of a rank that failed for want of another: EX_PROTOCOL of sysexits.h."""
+
+
+def die_with_parent(last_words: signal.Signals) -> None:
+    """Have the kernel send us a signal when our parent dies; nothing where there is no such thing. prctl(2)."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(last_words))
