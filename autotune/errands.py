@@ -275,5 +275,17 @@ class Train(Fact):
     """Whether rows of metrics also go where TensorBoard reads them."""
 
 
-Errand = Annotated[Preprocess | Trace | Dry | Train, Field(discriminator="errand")]
+class Follow(Fact):
+    """Train what the first rank is told, on what of it lies on this machine: for ranks that somebody else launched."""
+
+    errand: Literal["follow"] = "follow"
+    device: Device
+    store: str
+    validation_store: str | None
+    tokenizer_dir: str
+    backend: Literal["gloo", "nccl"] | None
+    heartbeat_seconds: Annotated[float, Field(gt=0)]
+
+
+Errand = Annotated[Preprocess | Trace | Dry | Train | Follow, Field(discriminator="errand")]
 ERRAND: TypeAdapter[Errand] = TypeAdapter(Errand)

@@ -22,6 +22,7 @@ from autotune.plan import Hardware, Plan, Rates, Workload
 from autotune.planner import Planner
 from autotune.process import ask
 from cli.choices import padding_by_layout
+from cli.launched import launched
 from cli.lock import hold
 from cli.options import as_arguments
 from cli.render.console import print_json, say, warn
@@ -33,7 +34,7 @@ from cli.render.settings import print_config
 from cli.render.units import count
 from cli.render.whatif import print_varied
 from cli.runs import Resuming, RunPlace, check_disk, find_run, write_run
-from cli.training import Job, train
+from cli.training import Job, follow, train
 from cli.whatif import Stage, longest_asked, parse_lever
 from cli.wiring import (
     cache_dir,
@@ -211,6 +212,10 @@ def train_command(
         print_config(resolved)
         return
     check_reporting(resolved.settings)
+    among = launched(resolved.settings.ranks)
+    if among is not None and among.rank > 0:
+        _follow(resolved.settings)
+        return
     run = find_run(resolved.settings, resuming)
     with hold(run.folder) as lock:
         if resuming and run.resume is None:
@@ -230,7 +235,14 @@ def train_command(
             | {"output_dir": str(run.folder)}
         )
         again = shlex.join(["chatlm", "train", *["--auto"] * auto, *typed, "--resume"])
-        train(job, run, lock, again)
+        train(job, run, lock, again, launches=among is None)
+
+
+def _follow(settings: Settings) -> None:
+    """Train as one of several ranks that were launched from outside, what the first of them has planned."""
+    hardware = _read_hardware(settings)
+    facts = _preprocess(settings, hardware.cores, demo=True)
+    follow(settings, facts, hardware)
 
 
 def _plan_of(run: RunPlace, resolved: Resolved) -> Job | None:
@@ -305,7 +317,10 @@ def _estimate(resolved: Resolved, hardware: Hardware) -> tuple[Preprocessed, Pla
 
 def _read_hardware(settings: Settings) -> Hardware:
     """Read it, and tell at once what people should know of it: a plan may not come."""
-    hardware = read_hardware(Path(settings.output_dir or "."), settings.ranks)
+    among = launched(settings.ranks)
+    hardware = read_hardware(Path(settings.output_dir or "."), among.local_world_size if among else settings.ranks)
+    if among is not None:
+        hardware = among.share_out(hardware)
     for note in hardware.notes:
         warn(note)
     return hardware

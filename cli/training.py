@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Literal
 
 import typer
 
-from autotune.errands import Preprocessed, Train
+from autotune.errands import Follow, Preprocessed, Train
 from autotune.errors import NothingFitsError, UserError
 from autotune.hardware import count_memory_kills, read_host_memory
 from autotune.plan import Hardware, Plan
@@ -40,10 +41,11 @@ class Job:
     evidence: str | None
 
 
-def train(job: Job, run: RunPlace, lock: int, again: str) -> None:
+def train(job: Job, run: RunPlace, lock: int, again: str, *, launches: bool) -> None:
     """Run the worker to its end, showing its rows; a signal lets it finish its step and save.
 
-    The worker holds the run's folder too, by `lock`; `again` is the command that goes on after a stop.
+    The worker holds the run's folder too, by `lock`; `again` is the command that goes on after a stop. It `launches`
+    the other ranks, unless they were launched with this command.
     """
     facts, folder = job.facts, run.folder
     assert facts.data is not None
@@ -60,14 +62,15 @@ def train(job: Job, run: RunPlace, lock: int, again: str) -> None:
         data_contents=facts.data.contents,
         saving=make_saving(job.settings),
         resume=run.resume,
-        backend=None if job.settings.backend == "auto" else job.settings.backend,
+        backend=_backend(job.settings),
         heartbeat_seconds=job.settings.heartbeat,
         tensorboard=job.settings.report_to == "tensorboard",
     )
+    ranks = job.plan.batching.world_size if launches else 1
     allocator, kills = job.plan.workload.cpu_allocator, count_memory_kills()
     with (
         (folder / "log.txt").open("a+b" if run.resume else "w+b") as log,
-        Worker(job.hardware.cores, allocator, log, (lock,), job.plan.batching.world_size) as worker,
+        Worker(job.hardware.cores, allocator, log, (lock,), ranks) as worker,
         _signals_to(worker) as signals,
         RunProgress() as progress,
     ):
@@ -90,8 +93,32 @@ def train(job: Job, run: RunPlace, lock: int, again: str) -> None:
         raise typer.Exit(128 + signals[0])
 
 
+def follow(settings: Settings, facts: Preprocessed, hardware: Hardware) -> None:
+    """Run the worker of another rank than the first to its end."""
+    assert facts.data is not None
+    assert facts.tokenizer_dir is not None
+    errand = Follow(
+        device=hardware.device,
+        store=facts.data.store,
+        validation_store=facts.validation.store if facts.validation else None,
+        tokenizer_dir=facts.tokenizer_dir,
+        backend=_backend(settings),
+        heartbeat_seconds=settings.heartbeat,
+    )
+    with Worker(hardware.cores) as worker, _signals_to(worker, quietly=True):
+        worker.give(errand)
+        for _ in worker.events():
+            pass
+        if worker.exit_code:
+            raise WorkerCrashedError(f"the worker ended with exit code {worker.exit_code}:\n{worker.last_words()}")
+
+
+def _backend(settings: Settings) -> Literal["gloo", "nccl"] | None:
+    return None if settings.backend == "auto" else settings.backend
+
+
 @contextmanager
-def _signals_to(worker: Worker) -> Iterator[list[int]]:
+def _signals_to(worker: Worker, *, quietly: bool = False) -> Iterator[list[int]]:
     """Hand the first signal on as a wish to stop, and end at once on the second; yields those that came."""
     came: list[int] = []
 
@@ -100,7 +127,8 @@ def _signals_to(worker: Worker) -> Iterator[list[int]]:
         if len(came) > 1:
             worker.kill()
             raise typer.Exit(128 + number)
-        say("stopping: finishing the step and saving; once more ends at once")
+        if not quietly:
+            say("stopping: finishing the step and saving; once more ends at once")
         worker.interrupt()
 
     before = {number: signal.signal(number, take) for number in ENDINGS}

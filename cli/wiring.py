@@ -106,7 +106,7 @@ def make_request(resolved: Resolved, world_size: int, *, search: bool, offline: 
     if rows is not None and typed("batch_size_per_gpu"):
         counted = accumulation if accumulation is not None and typed("gradient_accumulation_steps") else None
         reached = rows * world_size * (counted or 1)
-        if counted is not None or reached > effective:
+        if counted is not None or rows > largest_share(effective, world_size):
             if typed("effective_batch_size") and reached != effective:
                 raise ConfigurationError(
                     f"{rows} rows x {counted or 1} accumulation x {world_size} ranks are {reached} samples, "

@@ -55,7 +55,7 @@ def train(errand: Train, stop: Callable[[], bool], ranks: Ranks = ALONE) -> Iter
     NothingFitsError where memory runs out even for smaller micro-batches.
     """
     errand, model, store, verified = _prepare(errand)
-    found = _resumed(errand, store, model)
+    found = _resumed(errand, store, model, ranks)
     run = Run(errand, model, store, ranks, stop)
     del model
     if found is not None:
@@ -384,18 +384,26 @@ def _verify(errand: Train, model: Any, store: TokenStore) -> Metrics:
     }
 
 
-def _resumed(errand: Train, store: TokenStore, model: Any) -> Found | None:
+def _resumed(errand: Train, store: TokenStore, model: Any, ranks: Ranks) -> Found | None:
     """Return the checkpoint that is to be gone on from, whole and of this run; None where there is none."""
     if errand.resume is None:
         return None
     found, own = checkpoint.find(Path(errand.resume.place)), Path(errand.output_dir) / checkpoint.FOLDER
-    checkpoint.clear_partials(own)
+    step = found.manifest.step if found else -1
+    newest, negative_oldest = ranks.most(step, -step)
+    if newest != -negative_oldest:
+        raise MachineError(
+            f"{errand.resume.place}: rank {ranks.rank} finds step {step}, another finds {newest:.0f}",
+            "give a folder that all machines share",
+        )
+    if ranks.leads:
+        checkpoint.clear_partials(own)
     if found is None:
         return None
     checkpoint.check_model(found.folder, model)
     if not errand.resume.weights_only:
         checkpoint.check_identity(found, identity_of(errand, store))
-        if found.folder.parent.resolve() == own.resolve() and not found.damaged:
+        if ranks.leads and found.folder.parent.resolve() == own.resolve() and not found.damaged:
             checkpoint.give_up_after(own, found.manifest.step)
     return found
 

@@ -69,6 +69,17 @@ class Ranks:
         """Return of each verdict whether any rank has come to it."""
         return [value > 0 for value in self.most(*map(float, verdicts))]
 
+    def tell(self, text: str) -> str:
+        """Return what the first rank says."""
+        if self.world_size == 1:
+            return text
+        said = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if self.leads else torch.empty(0)
+        (length,) = self.most(len(said) if self.leads else 0)
+        if not self.leads:
+            said = torch.empty(int(length), dtype=torch.uint8)
+        _send(lambda: dist.broadcast(said, 0, group=self.host))
+        return bytes(said.numpy()).decode()
+
     def _agree(self, values: Sequence[float], how: Any) -> list[float]:
         if self.world_size == 1:
             return list(values)
@@ -105,8 +116,12 @@ ALONE = Ranks()
 
 
 def _reduce(tensor: Tensor, how: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+    _send(lambda: dist.all_reduce(tensor, how, group=group))
+
+
+def _send(message: Callable[[], object]) -> None:
     try:
-        dist.all_reduce(tensor, how, group=group)
+        message()
     except RuntimeError as error:  # gloo's have no type of their own
         raise PeerLostError(str(error)) from error
 

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import chain
 from math import inf
@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from autotune.errands import ERRAND, Dry, Errand, Preprocess, Trace, Train
+from autotune.errands import ERRAND, Dry, Errand, Follow, Preprocess, Trace, Train
 from autotune.errors import ConfigurationError, MachineError, UserError
 from trainer.board import Board
 from trainer.compiled import is_compile_error
@@ -102,8 +102,9 @@ def _do(errand: Errand, events: Events) -> None:
         _train_together(errand, events)
 
 
-def _train_together(errand: Train, events: Events) -> None:
+def _train_together(errand: Train | Follow, events: Events) -> None:
     """Train with the other ranks, if there are any; one that loses another leaves, which its launcher then explains."""
+    stopped = _Stop()
 
     def lost(rank: int) -> None:
         seconds = f"{errand.heartbeat_seconds:g} s"
@@ -111,13 +112,15 @@ def _train_together(errand: Train, events: Events) -> None:
                     hint="go on from the last checkpoint: --resume")  # fmt: skip
         _leave(LOST_A_PEER)
 
-    device = torch.device(errand.plan.hardware.device)
+    device = torch.device(errand.device if isinstance(errand, Follow) else errand.plan.hardware.device)
     try:
         with join(device, errand.backend, errand.heartbeat_seconds, lost) as ranks:
+            told = Train.model_validate_json(ranks.tell(errand.model_dump_json(by_alias=True)))
             if ranks.leads:
-                _train(errand, events, ranks)
+                _train(told, events, stopped, ranks)
             else:
-                for _ in train(errand, _Stop(), ranks):
+                here = errand.model_dump(include={"store", "validation_store", "tokenizer_dir"})
+                for _ in train(told.model_copy(update=here), stopped, ranks):
                     pass
     except PeerLostError:
         traceback.print_exc()
@@ -125,9 +128,9 @@ def _train_together(errand: Train, events: Events) -> None:
         _leave(LOST_A_PEER)
 
 
-def _train(errand: Train, events: Events, ranks: Ranks = ALONE) -> None:
+def _train(errand: Train, events: Events, stopped: Callable[[], bool], ranks: Ranks = ALONE) -> None:
     """Train until the end or a signal; each row goes to its file first, then to the supervisor."""
-    stopped, folder = _Stop(), Path(errand.output_dir)
+    folder = Path(errand.output_dir)
     hashing = Hashing([Path(store) for store in (errand.store, errand.validation_store) if store])
     hashing.start()
     rows = _and_changes(train(errand, stopped, ranks), hashing)
@@ -175,8 +178,8 @@ class _Stop:
         return self._asked
 
 
-def _prepare_device(errand: Dry | Train) -> None:
-    device = errand.device if isinstance(errand, Dry) else errand.plan.hardware.device
+def _prepare_device(errand: Dry | Train | Follow) -> None:
+    device = errand.plan.hardware.device if isinstance(errand, Train) else errand.device
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError(
             f"this plan is for a GPU, and torch {torch.__version__} finds none that it can use",
@@ -187,7 +190,7 @@ def _prepare_device(errand: Dry | Train) -> None:
 
 def _tie_to_parent(errand: Errand) -> None:
     """Die with the supervisor (a training run saves first), and let a dry step be the one that an OOM killer takes."""
-    die_with_parent(signal.SIGTERM if isinstance(errand, Train) else signal.SIGKILL)
+    die_with_parent(signal.SIGTERM if isinstance(errand, Train | Follow) else signal.SIGKILL)
     if isinstance(errand, Dry) and sys.platform.startswith("linux"):
         with contextlib.suppress(OSError):  # some containers mount /proc read-only
             Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")

@@ -141,7 +141,7 @@ import sys
 from pathlib import Path
 from autotune.errands import ERRAND
 from trainer.worker import Events, _train
-_train(ERRAND.validate_json(Path(sys.argv[1]).read_bytes()), Events())
+_train(ERRAND.validate_json(Path(sys.argv[1]).read_bytes()), Events(), lambda: False)
 """
 
 
