@@ -25,6 +25,7 @@ from autotune.errands import ERRAND, Dry, Errand, Preprocess, Trace, Train
 from autotune.errors import ConfigurationError, MachineError, UserError
 from trainer.board import Board
 from trainer.compiled import is_compile_error
+from trainer.dropout import fast_masks, mkl_draws
 from trainer.dry import take_dry_steps
 from trainer.fingerprints import Hashing
 from trainer.loop import train
@@ -91,10 +92,11 @@ def _do(errand: Errand, events: Events) -> None:
             events.send("result", result=report.model_dump(mode="json"))
         return
     _prepare_device(errand)
-    if isinstance(errand, Dry):
-        events.send("result", result=take_dry_steps(errand).model_dump(mode="json"))
-    else:
-        _train(errand, events)
+    with nullcontext() if mkl_draws() else fast_masks():
+        if isinstance(errand, Dry):
+            events.send("result", result=take_dry_steps(errand).model_dump(mode="json"))
+        else:
+            _train(errand, events)
 
 
 def _train(errand: Train, events: Events) -> None:
