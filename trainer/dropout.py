@@ -1,13 +1,14 @@
 """Which numbers a dropout keeps, drawn faster on a processor. Knows torch's generator and numpy's, no model.
 
-torch draws them one by one on one thread, 9 ns each, unless MKL draws for it, which it does on Intel's processors alone:
-a quarter of a step of a small T5. Here torch's generator gives a seed to each mask, so that its state is still all there
-is to keep, and a faster one of numpy draws from it, as MKL's does.
+torch draws them one by one on one thread, 9 ns each, unless MKL draws for it, which it does on Intel's processors
+alone: a quarter of a step of a small T5. Here torch's generator gives a seed to each mask, as it gives MKL one, so that
+its state is still all there is to keep, and a faster generator of numpy draws from that.
 """
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,8 @@ def mkl_draws() -> bool:
 def fast_masks() -> Iterator[None]:
     """Draw inside as `draw` does, whoever asks for a dropout: layers, functions, attention."""
     library = Library("aten", "IMPL")
-    library.impl("bernoulli_.float", draw, "CPU", allow_override=True)
+    with warnings.catch_warnings(action="ignore"):  # that there is another way already
+        library.impl("bernoulli_.float", draw, "CPU", allow_override=True)
     try:
         yield
     finally:
