@@ -1,19 +1,70 @@
-"""How cards attend, for a trace on a processor: by kernels that keep other tensors than a processor's do."""
+"""How processors attend, in pieces; and how cards do, for a trace: by kernels that keep other tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from autotune.batching import PADDING_MULTIPLE
 from autotune.plan import Workload
 from trainer.model import load_config
 
 aten = torch.ops.aten
+
+PIECES = 4
+"""Of the positions that look back: they compute 5/8 of the scores. Each takes a copy of keys and calls of its own."""
+LEAST_PIECE = 64
+
+
+@contextmanager
+def attention_of_processors() -> Iterator[None]:
+    """Have positions that look to their left alone, by a mask, attend in pieces, none to what is right of all of it.
+
+    A processor's kernel computes all scores, up to 512 keys, and then masks half of them.
+    """
+    whole = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        position_bias: Tensor | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        length = query.shape[2]
+        looks_back = attention_mask is not None and length == key.shape[2] and getattr(module, "is_causal", False)
+        ends = _ends(length) if looks_back and not torch.compiler.is_compiling() else [length]
+        if len(ends) == 1:
+            made: tuple[Tensor, None] = whole(
+                module, query, key, value, attention_mask, position_bias=position_bias, **kwargs
+            )
+            return made
+        assert attention_mask is not None
+        pieces = []
+        for begin, end in zip([0, *ends], ends, strict=False):
+            mask, bias = (
+                None if added is None else added[:, :, begin:end, :end] for added in (attention_mask, position_bias)
+            )
+            seen = (key[:, :, :end], value[:, :, :end])
+            pieces.append(whole(module, query[:, :, begin:end], *seen, mask, position_bias=bias, **kwargs)[0])
+        return torch.cat(pieces, 1), None
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def _ends(length: int) -> list[int]:
+    """Say where pieces of about the same length end, all but the last at a multiple of what lengths are padded to."""
+    count = min(PIECES, max(1, length // LEAST_PIECE))
+    size = ceil(length / count / PADDING_MULTIPLE) * PADDING_MULTIPLE
+    return [*range(size, length, size), length]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from math import inf
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,8 @@ import torch
 
 from autotune.errands import ERRAND, Dry, Errand, Preprocess, Trace, Train
 from autotune.errors import ConfigurationError, MachineError, UserError
+from autotune.plan import Device
+from trainer.attention import attention_of_processors
 from trainer.board import Board
 from trainer.compiled import is_compile_error
 from trainer.dropout import fast_masks, mkl_draws
@@ -92,7 +94,10 @@ def _do(errand: Errand, events: Events) -> None:
             events.send("result", result=report.model_dump(mode="json"))
         return
     _prepare_device(errand)
-    with nullcontext() if mkl_draws() else fast_masks():
+    with ExitStack() as faster:
+        if _device(errand) == "cpu":
+            faster.enter_context(attention_of_processors())
+            faster.enter_context(nullcontext() if mkl_draws() else fast_masks())
         if isinstance(errand, Dry):
             events.send("result", result=take_dry_steps(errand).model_dump(mode="json"))
         else:
@@ -150,9 +155,12 @@ class _Stop:
         return self._asked
 
 
+def _device(errand: Dry | Train) -> Device:
+    return errand.device if isinstance(errand, Dry) else errand.plan.hardware.device
+
+
 def _prepare_device(errand: Dry | Train) -> None:
-    device = errand.device if isinstance(errand, Dry) else errand.plan.hardware.device
-    if device == "cuda" and not torch.cuda.is_available():
+    if _device(errand) == "cuda" and not torch.cuda.is_available():
         raise MachineError(
             f"this plan is for a GPU, and torch {torch.__version__} finds none that it can use",
             "install a torch build with CUDA, or hide the GPU with CUDA_VISIBLE_DEVICES= to train on the processor",
