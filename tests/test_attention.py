@@ -34,7 +34,7 @@ def gradient(family: str, dtype: torch.dtype, layout: Layout) -> Tensor:
 def test_the_gradient_is_that_of_the_whole(
     family: str, dtype: torch.dtype, tolerance: float, layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "LEAST_PIECE", 8)
+    monkeypatch.setattr(room, "LEAST_LENGTH", 8)
     whole = gradient(family, dtype, layout)
     with attention_of_processors():
         pieces = gradient(family, dtype, layout)
@@ -63,7 +63,7 @@ def test_five_eighths_of_the_scores_are_computed_where_positions_look_back_and_a
     assert scores_of(512, 512, back=True, pieces=True) == whole * 5 / 8
     assert scores_of(512, 512, back=False, pieces=True) == whole
     assert scores_of(512, 256, back=True, pieces=True) == whole / 2, "keys of another sequence have no left"
-    short = room.LEAST_PIECE + 8
+    short = room.LEAST_LENGTH - 8
     assert scores_of(short, short, back=True, pieces=True) == scores_of(short, short, back=True, pieces=False)
 
 
@@ -75,9 +75,9 @@ def test_afterwards_attention_is_what_it_was() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 8, 127, 128, 200, 280, 512, 1000])
-def test_pieces_cover_a_row_and_are_not_smaller_than_it_pays(length: int) -> None:
+def test_pieces_cover_a_row_that_is_long_enough(length: int) -> None:
     ends = _ends(length)
     assert ends[-1] == length
     assert ends == sorted(set(ends))
     assert len(ends) <= room.PIECES
-    assert len(ends) == 1 or min(ends) >= room.LEAST_PIECE
+    assert (len(ends) > 1) == (length >= room.LEAST_LENGTH)

@@ -28,20 +28,20 @@ AT_ONCE = 2**18
 def mkl_draws() -> bool:
     """Say whether torch has a fast way of its own here."""
     with contextlib.suppress(OSError):
-        return torch.backends.mkl.is_available() and "GenuineIntel" in CPUINFO.read_text()
+        return torch.backends.mkl.is_available() and "GenuineIntel" in CPUINFO.read_text()  # type: ignore[no-untyped-call]
     return False
 
 
 @contextmanager
 def fast_masks() -> Iterator[None]:
     """Draw inside as `draw` does, whoever asks for a dropout: layers, functions, attention."""
-    library = Library("aten", "IMPL")
+    library = Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings(action="ignore"):  # that there is another way already
-        library.impl("bernoulli_.float", draw, "CPU", allow_override=True)
+        library.impl("bernoulli_.float", draw, "CPU", allow_override=True)  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        library._destroy()
+        library._destroy()  # type: ignore[no-untyped-call]
 
 
 def draw(mask: Tensor, p: float = 0.5, *, generator: torch.Generator | None = None) -> Tensor:
@@ -54,7 +54,7 @@ def draw(mask: Tensor, p: float = 0.5, *, generator: torch.Generator | None = No
     source = np.random.SFC64(seed)
     # The numbers have a sign: the least of them is kept, at any probability.
     most = max(1, round(p * 2**BITS)) - 2 ** (BITS - 1) - 1
-    for part in mask.view(-1).split(AT_ONCE):
+    for part in torch.split(mask.view(-1), AT_ONCE):
         drawn = torch.from_numpy(source.random_raw((len(part) + 1) // 2).view(np.int32))
         torch.le(drawn[: len(part)], most, out=part)
     return mask
