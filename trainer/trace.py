@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch.utils.flop_counter import (
 from autotune.batching import PADDING_MULTIPLE
 from autotune.errands import Trace, TraceReport
 from autotune.plan import Traced, Work, Workload
-from trainer.attention import attention_of_cards
+from trainer.attention import attention_of_cards, attention_of_processors
 from trainer.evaluate import totals
 from trainer.memory import PeakMeter
 from trainer.microbatch import MicroBatch, SpecialTokens, WorstCase, collate
@@ -53,7 +53,8 @@ def trace(errand: Trace) -> Iterator[TraceReport]:
     process = PeakMeter(CPU).held_bytes()
     for workload in errand.workloads:
         ledger = Ledger()
-        attention = attention_of_cards(workload, errand.fast_bf16) if errand.device == "cuda" else nullcontext()
+        of_cards = errand.device == "cuda"
+        attention = attention_of_cards(workload, errand.fast_bf16) if of_cards else attention_of_processors()
         with attention, FakeTensorMode() as fake, ledger:
             step = _TracedStep(workload, fake, ledger)
             traced = tuple(step.at(rows) for rows in errand.micro_batch_sizes)

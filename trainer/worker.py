@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from itertools import chain
 from math import inf
 from pathlib import Path
@@ -24,8 +24,11 @@ import torch
 
 from autotune.errands import ERRAND, Dry, Errand, Follow, Preprocess, Trace, Train
 from autotune.errors import ConfigurationError, MachineError, UserError
+from autotune.plan import Device
+from trainer.attention import attention_of_processors
 from trainer.board import Board
 from trainer.compiled import is_compile_error
+from trainer.dropout import fast_masks, mkl_draws
 from trainer.dry import take_dry_steps
 from trainer.fingerprints import Hashing
 from trainer.loop import train
@@ -96,10 +99,14 @@ def _do(errand: Errand, events: Events) -> None:
             events.send("result", result=report.model_dump(mode="json"))
         return
     _prepare_device(errand)
-    if isinstance(errand, Dry):
-        events.send("result", result=take_dry_steps(errand).model_dump(mode="json"))
-    else:
-        _train_together(errand, events)
+    with ExitStack() as faster:
+        if _device(errand) == "cpu":
+            faster.enter_context(attention_of_processors())
+            faster.enter_context(nullcontext() if mkl_draws() else fast_masks())
+        if isinstance(errand, Dry):
+            events.send("result", result=take_dry_steps(errand).model_dump(mode="json"))
+        else:
+            _train_together(errand, events)
 
 
 def _train_together(errand: Train | Follow, events: Events) -> None:
@@ -112,7 +119,7 @@ def _train_together(errand: Train | Follow, events: Events) -> None:
                     hint="go on from the last checkpoint: --resume")  # fmt: skip
         _leave(LOST_A_PEER)
 
-    device = torch.device(errand.device if isinstance(errand, Follow) else errand.plan.hardware.device)
+    device = torch.device(_device(errand))
     try:
         with join(device, errand.backend, errand.heartbeat_seconds, lost) as ranks:
             told = Train.model_validate_json(ranks.tell(errand.model_dump_json(by_alias=True)))
@@ -178,9 +185,12 @@ class _Stop:
         return self._asked
 
 
+def _device(errand: Dry | Train | Follow) -> Device:
+    return errand.plan.hardware.device if isinstance(errand, Train) else errand.device
+
+
 def _prepare_device(errand: Dry | Train | Follow) -> None:
-    device = errand.plan.hardware.device if isinstance(errand, Train) else errand.device
-    if device == "cuda" and not torch.cuda.is_available():
+    if _device(errand) == "cuda" and not torch.cuda.is_available():
         raise MachineError(
             f"this plan is for a GPU, and torch {torch.__version__} finds none that it can use",
             "install a torch build with CUDA, or hide the GPU with CUDA_VISIBLE_DEVICES= to train on the processor",
