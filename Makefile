@@ -24,14 +24,14 @@ demo: .venv/ready
 	$(BIN)/chatlm train --auto --profile tiny
 
 test: .venv/ready
-	$(BIN)/pytest --cov --cov-report=
+	$(BIN)/pytest
 
 check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(MAKE) test
+	$(BIN)/pytest --cov --cov-report=
 	$(BIN)/coverage report --include=$(PURE) --fail-under=100 --show-missing
 
 smoke: .venv/ready
