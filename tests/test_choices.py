@@ -9,7 +9,7 @@ import pytest
 
 from autotune.errands import DataSummary, Preprocessed
 from autotune.errors import ConfigurationError
-from cli.choices import choose_layout, choose_loss_head
+from cli.choices import choose_layout, choose_loss_head, choose_precision
 from profiles import Settings
 
 
@@ -31,6 +31,28 @@ def test_samples_share_rows_where_the_model_lets_them(asked: Any, packs: bool, w
 def known(packs: bool, window: int | None, data: DataSummary | None = None) -> Preprocessed:
     model = facts.preprocessed().model.model_copy(update={"packs": packs, "window": window})
     return facts.preprocessed(model=model, data=data)
+
+
+@pytest.mark.parametrize(
+    ("asked", "family", "device", "fast_bf16", "precision"),
+    [
+        ("auto", "llama", "cpu", True, "bf16"),
+        ("auto", "llama", "cpu", False, "fp32"),
+        ("auto", "llama", "cuda", False, "fp16"),
+        ("auto", "t5", "cuda", False, "fp32"),
+        ("fp16", "llama", "cpu", True, "fp16"),
+    ],
+)
+def test_half_precision_is_taken_where_it_is_fast_and_the_model_bears_it(
+    asked: str, family: str, device: Any, fast_bf16: bool, precision: str
+) -> None:
+    assert choose_precision(asked, family, facts.hardware(device=device, fast_bf16=fast_bf16)) == precision
+
+
+def test_fp16_is_refused_for_t5_which_overflows_in_it() -> None:
+    with pytest.raises(ConfigurationError, match="T5 overflows in fp16") as error:
+        choose_precision("fp16", "t5", facts.hardware())
+    assert "bf16" in error.value.hint
 
 
 @pytest.mark.parametrize(("short", "layout"), [(0, "fixed"), (5, "fixed"), (50, "packed")])

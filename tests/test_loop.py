@@ -39,7 +39,7 @@ def errand_of(tmp_path: Path, model: str = "tiny", **changes: Any) -> Train:
             max_target_len=64,
             limit=40,
             show=0,
-            cache_dir=str(tmp_path / "cache"),
+            cache_dir=str(tmp_path.parent / "cache"),  # tokenized once for all tests
         ),
         lambda doing, rows: None,
     )

@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -49,53 +48,66 @@ def errand(
     )
 
 
-def test_a_size_that_fits_tells_peaks_and_times() -> None:
-    trial = tried(2, predicted_peak_bytes=5)
+@pytest.fixture(scope="module")
+def plain() -> Trial:
+    """Eight rows that fit, without real samples."""
+    return tried(8, predicted_peak_bytes=5)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Rows of up to 40 of 128 tokens, a tenth of them targets."""
+    folder = tmp_path_factory.mktemp("store")
+    samples = [Sample(list(range(2, 2 + length)), [(length - 4, length)]) for length in range(8, 41)]
+    write_store(samples, folder, "causal", WORK.vocabulary_size)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def on_samples(store: str) -> Trial:
+    """The same eight rows, and real samples after."""
+    return tried(8, excerpt=Excerpt(store=store, seed=42, share=16, sizes=(8, 2), layouts=()))
+
+
+def test_a_size_that_fits_tells_peaks_and_times(plain: Trial) -> None:
+    trial = plain
     assert trial.completed
     assert trial.peak_bytes == max(trial.phases.values())
     assert {"forward_backward", "optimizer", "evaluation"} <= trial.phases.keys()
     assert trial.resident_bytes is not None
     assert trial.resident_bytes < trial.peak_bytes < GIB
-    assert [t.padded_tokens for t in trial.timings] == [round(2 * 128 * share) for share in DRY_LENGTHS]
+    assert [t.padded_tokens for t in trial.timings] == [round(8 * 128 * share) for share in DRY_LENGTHS]
     assert trial.seconds > 2 * sum(t.seconds for t in trial.timings)
     assert trial.predicted_peak_bytes == 5
 
 
-def test_real_samples_are_timed_at_each_size_in_turn(tmp_path: Path) -> None:
-    samples = [Sample(list(range(2, 2 + length)), [(1, length)]) for length in range(8, 108)]
-    write_store(samples, tmp_path, "causal", WORK.vocabulary_size)
-    excerpt = Excerpt(store=str(tmp_path), seed=42, share=16, sizes=(8, 2), layouts=())
-    trial = tried(8, excerpt=excerpt)
-    assert [(timed.rows, timed.samples, len(timed.seconds)) for timed in trial.timed] == [(8, 16, 3), (2, 16, 3)]
-    assert all(seconds > 0 for timed in trial.timed for seconds in timed.seconds)
-    assert tried(2).timed == ()
+def test_real_samples_are_timed_at_each_size_in_turn(on_samples: Trial, plain: Trial) -> None:
+    timed = on_samples.timed
+    assert [(one.rows, one.samples, len(one.seconds)) for one in timed] == [(8, 16, 3), (2, 16, 3)]
+    assert all(seconds > 0 for one in timed for seconds in one.seconds)
+    assert plain.timed == ()
 
 
-def test_the_heaviest_real_micro_batches_hold_less_than_the_worst_case(tmp_path: Path) -> None:
-    """Rows of up to 40 of 128 tokens, a tenth of them targets."""
-    samples = [Sample(list(range(2, 2 + length)), [(length - 4, length)]) for length in range(8, 41)]
-    write_store(samples, tmp_path, "causal", WORK.vocabulary_size)
-    trial = tried(16, excerpt=Excerpt(store=str(tmp_path), seed=42, share=16, sizes=(16,), layouts=()))
+@pytest.fixture(scope="module")
+def many_rows(store: str) -> Trial:
+    return tried(16, excerpt=Excerpt(store=store, seed=42, share=16, sizes=(16,), layouts=()))
+
+
+def test_the_heaviest_real_micro_batches_hold_less_than_the_worst_case(many_rows: Trial, plain: Trial) -> None:
+    trial = many_rows
     assert trial.expected_peak_bytes is not None
     assert trial.resident_bytes is not None
     assert trial.peak_bytes is not None
     assert trial.resident_bytes < trial.expected_peak_bytes < 0.8 * trial.peak_bytes
-    assert tried(16).expected_peak_bytes is None
+    assert plain.expected_peak_bytes is None
 
 
-def test_a_trial_that_only_tells_where_to_look_takes_few_steps() -> None:
-    trial = tried(2, verify=False)
-    assert [t.padded_tokens for t in trial.timings] == [round(2 * 128 * share) for share in EXPLORING_LENGTHS]
-    assert not trial.verified
-
-
-def test_a_size_over_the_budget_is_left_after_the_steps_that_tell_so(tmp_path: Path) -> None:
-    write_store([Sample(list(range(2, 40)), [(1, 38)])] * 32, tmp_path, "causal", WORK.vocabulary_size)
-    excerpt = Excerpt(store=str(tmp_path), seed=42, share=16, sizes=(2,), layouts=())
-    within, over = (try_size(errand(2, excerpt=excerpt, budget_bytes=b * GIB), PROCESSOR) for b in (8, 0))
+def test_a_size_over_the_budget_is_left_after_the_steps_that_tell_so(on_samples: Trial, store: str) -> None:
+    excerpt = Excerpt(store=store, seed=42, share=16, sizes=(8, 2), layouts=())
+    within, over = on_samples, try_size(errand(8, excerpt=excerpt, budget_bytes=0), PROCESSOR)
     assert (len(within.timings), len(over.timings)) == (len(DRY_LENGTHS), len(EXPLORING_LENGTHS))
     assert (within.verified, over.verified) == (True, False)
-    assert (len(within.timed), len(over.timed)) == (1, 0)
+    assert (len(within.timed), len(over.timed)) == (2, 0)
     assert over.completed
     assert over.peak_bytes == pytest.approx(within.peak_bytes, rel=0.1)
     assert over.phases.keys() == within.phases.keys()
@@ -110,6 +122,8 @@ def test_a_worker_that_stands_by_takes_the_next_dry_steps_and_none_is_left() -> 
             time.sleep(0.01)
         trial = workers.try_size(errand(2, verify=False), PROCESSOR, None, None)
         assert trial.completed
+        assert [t.padded_tokens for t in trial.timings] == [round(2 * 128 * share) for share in EXPLORING_LENGTHS]
+        assert not trial.verified, "it only tells where to look"
         assert _workers() == started[2:], "the first of the right setting took it, and those before it are gone"
     assert _workers() == []
 
@@ -118,17 +132,16 @@ def _workers() -> list[int]:
     return [child.pid for child in psutil.Process().children() if "trainer.worker" in child.cmdline()]
 
 
-def test_more_rows_hold_more() -> None:
-    few, many = (tried(rows).peak_bytes for rows in (1, 16))
+def test_more_rows_hold_more(many_rows: Trial, on_samples: Trial) -> None:
+    few, many = on_samples.peak_bytes, many_rows.peak_bytes
     assert few is not None
     assert many is not None
-    # Logits alone: 15 rows of 127 targets, 6400 fp32 numbers each, twice (with their gradient).
-    assert many - few > 15 * 127 * 6400 * 4 * 2
+    # Logits alone: 8 rows of 127 targets, 6400 fp32 numbers each, twice (with their gradient).
+    assert many - few > 8 * 127 * 6400 * 4 * 2
 
 
-def test_the_same_size_measures_the_same_twice() -> None:
-    first, second = (tried(8).peak_bytes for _ in range(2))
-    assert first == pytest.approx(second, rel=0.03)
+def test_the_same_size_measures_the_same_twice(plain: Trial, on_samples: Trial) -> None:
+    assert plain.peak_bytes == pytest.approx(on_samples.peak_bytes, rel=0.03)
 
 
 def test_a_worker_that_exceeds_the_limit_is_stopped_and_does_not_fit() -> None:

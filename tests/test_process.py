@@ -50,28 +50,21 @@ def dry(rows: int = 2, **changes: object) -> Dry:
     )
 
 
-def test_an_errand_is_answered(tmp_path: Path) -> None:
-    events = list(ask(errand(tmp_path), cores=1))
-    facts = Preprocessed.model_validate(events[-1]["result"])
-    assert facts.model.task == "causal"
-    assert facts.data is None
-
-
-def test_a_users_mistake_crosses_the_pipe_with_its_type_and_hint(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError) as error:
-        list(ask(errand(tmp_path, model="tiny-t6"), cores=1))
-    assert "tiny-t5" in error.value.hint
+def test_a_users_mistake_crosses_the_pipe_with_its_type(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.parquet"):
         list(ask(errand(tmp_path, data=("nowhere.parquet",)), cores=1))
 
 
-def test_a_file_called_like_our_rooms_in_the_users_folder_is_not_run(
+def test_an_errand_is_answered_and_a_file_called_like_our_rooms_in_the_users_folder_is_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("trainer.py", "torch.py", "autotune.py"):
         (tmp_path / name).write_text("raise SystemExit('ran the wrong file')")
-    assert list(ask(errand(tmp_path), cores=1))
+    events = list(ask(errand(tmp_path), cores=1))
+    facts = Preprocessed.model_validate(events[-1]["result"])
+    assert facts.model.task == "causal"
+    assert facts.data is None
 
 
 def test_leaving_a_worker_ends_it() -> None:
@@ -122,16 +115,17 @@ def _wait_until(holds: object, seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
-def test_death_by_signal_9_is_told_from_other_ends() -> None:
+def test_death_by_signal_9_is_told_from_a_users_mistake_which_keeps_its_hint() -> None:
     with Worker(cores=1) as worker:
         worker.give(dry(rows=512))
         os.kill(worker.process_id, signal.SIGKILL)
         assert list(worker.events()) == []
         assert worker.was_killed
     with Worker(cores=1) as worker:
-        worker.give(dry(model="nonsense"))
-        with pytest.raises(ConfigurationError):
+        worker.give(dry(model="tiny-t6"))
+        with pytest.raises(ConfigurationError) as error:
             list(worker.events())
+        assert "tiny-t5" in error.value.hint
         assert worker.exit_code == ConfigurationError.exit_code
         assert not worker.was_killed
 

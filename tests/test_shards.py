@@ -39,10 +39,17 @@ def store(real_data: Path, folder: Path, processes: int, skip: int = 0, part: Pa
     return {"facts": writer.facts} | {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_store_is_the_same_for_any_number_of_processes(real_data: Path, tmp_path: Path) -> None:
-    one, two, three = (store(real_data, tmp_path / str(n), n) for n in (1, 2, 3))
-    assert one == two == three
-    facts = one["facts"]
+@pytest.fixture(scope="module")
+def whole(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """By one process."""
+    return store(real_data, tmp_path_factory.mktemp("whole"), 1)
+
+
+def test_a_store_is_the_same_for_any_number_of_processes(
+    whole: dict[str, Any], real_data: Path, tmp_path: Path
+) -> None:
+    assert store(real_data, tmp_path, 3) == whole
+    facts = whole["facts"]
     assert (facts.rows_read, facts.rows, facts.samples) == (5000, 5000, 5000)
     assert facts.cuts["dropped_turns"] > 100
     tokens, place = facts.longest
@@ -53,12 +60,12 @@ def test_a_store_is_the_same_for_any_number_of_processes(real_data: Path, tmp_pa
     assert tokens >= len(tokenizer(real_data)(text, add_special_tokens=False)["input_ids"])
 
 
-def test_two_parts_are_the_whole(real_data: Path, tmp_path: Path) -> None:
-    whole = store(real_data, tmp_path / "whole", 1)["facts"]
+def test_two_parts_are_the_whole(whole: dict[str, Any], real_data: Path, tmp_path: Path) -> None:
     held, rest = (store(real_data, tmp_path / str(h), 2, 0, Part(0.2, h))["facts"] for h in (True, False))
-    assert held.rows + rest.rows == whole.rows
-    assert held.tokens + rest.tokens == whole.tokens
-    assert held.cuts + rest.cuts == whole.cuts
+    facts = whole["facts"]
+    assert held.rows + rest.rows == facts.rows
+    assert held.tokens + rest.tokens == facts.tokens
+    assert held.cuts + rest.cuts == facts.cuts
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -41,9 +41,11 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return float(difference / torch.stack([g.double().norm() for g in other.values()]).norm())
 
 
-FAMILIES = [(family, torch.float32) for family in MODELS]
 # Gemma's attention is computed in fp32 whatever the model is.
+FAMILIES = [(family, torch.float32) for family in ("llama", "t5", "gemma2")]
 FAMILIES += [(family, torch.float64) for family in MODELS if family != "gemma2"]
+CUTS = [(1, 1), (1, 7), (1, 16), (1, 31), (2, 3), (2, 16), (3, 2), (3, 7)]
+"""Ranks, and rows of a micro-batch: shares that rows go into evenly and unevenly, and those that one holds whole."""
 
 
 @pytest.mark.parametrize(
@@ -61,17 +63,16 @@ def test_any_layout_loss_head_rows_and_ranks_give_the_gradient_of_the_whole_batc
     state, work = new_state(family, dtype), workload(family, loss_head=loss_head)
     whole_loss = accumulate(state, cut(family, samples, ids, EFFECTIVE), targets, FP32)
     whole = gradient_of(state)
-    for world_size in (1, 2, 3):
-        for rows in (1, 2, 3, 7, 16, 31):
-            state.optimizer.zero_grad()
-            loss, first = torch.zeros(()), 0
-            for rank in range(world_size):
-                # What ranks would add up by an all-reduce is added up here: each holds its share's gradient.
-                share = ids[first : (first := first + share_of(EFFECTIVE, world_size, rank))]
-                loss = loss + accumulate(state, cut(family, samples, share, rows, layout), targets, work)
-            assert first == EFFECTIVE
-            assert distance(gradient_of(state), whole) <= TOLERANCE[dtype], (world_size, rows)
-            assert loss.item() == pytest.approx(whole_loss.item(), rel=TOLERANCE[dtype])
+    for world_size, rows in CUTS:
+        state.optimizer.zero_grad()
+        loss, first = torch.zeros(()), 0
+        for rank in range(world_size):
+            # What ranks would add up by an all-reduce is added up here: each holds its share's gradient.
+            share = ids[first : (first := first + share_of(EFFECTIVE, world_size, rank))]
+            loss = loss + accumulate(state, cut(family, samples, share, rows, layout), targets, work)
+        assert first == EFFECTIVE
+        assert distance(gradient_of(state), whole) <= TOLERANCE[dtype], (world_size, rows)
+        assert loss.item() == pytest.approx(whole_loss.item(), rel=TOLERANCE[dtype])
 
 
 def one_step(state: TrainState, family: str, work: Workload = FP32, **changes: float) -> tuple[Tensor, Tensor]:
