@@ -14,8 +14,10 @@ import psutil
 import pytest
 from fake_nvml import CALLS, CODES, LARGE, SLICE, SLICED, SMALL, FakeCard, FakeNvml, failing
 
+from autotune.errors import MachineError
 from autotune.hardware import (
     count_cores,
+    count_memory_kills,
     imagine_hardware,
     multiplies_bf16,
     name_processor,
@@ -332,7 +334,7 @@ def test_on_a_cpu_the_device_has_the_memory_of_the_host(tmp_path: Path) -> None:
     assert (found.device, found.world_size) == ("cpu", 2)
     assert found.device_name
     assert found.device_memory_total_bytes == found.host_memory_total_bytes
-    assert found.device_memory_free_bytes == found.host_memory_available_bytes
+    assert found.device_memory_free_bytes == found.host_memory_available_bytes // found.world_size
 
 
 def test_this_machine_can_be_read_and_written_as_json(tmp_path: Path) -> None:
@@ -405,3 +407,43 @@ def test_whatever_nvml_answers_to_whichever_call_there_is_a_card_or_the_reason_w
             assert found.notes or (name, code) == ("nvmlInit", CODES["NVML_ERROR_LIBRARY_NOT_FOUND"])
         assert nvml.open_count == (name == "nvmlShutdown")
     assert asked, "the call is never made"
+
+
+def test_ranks_take_a_card_each_and_the_one_with_the_least_free_decides(tmp_path: Path) -> None:
+    alone = read_hardware(tmp_path, 1, FakeNvml([LARGE, SMALL]), {})
+    two = read_hardware(tmp_path, 2, FakeNvml([LARGE, SMALL]), {})
+    assert (two.world_size, two.device_name) == (2, read_hardware(tmp_path, 1, FakeNvml([SMALL]), {}).device_name)
+    assert two.device_memory_free_bytes == SMALL.free < alone.device_memory_free_bytes
+    assert two.cores == max(1, alone.cores // 2)
+    with pytest.raises(MachineError, match="3 ranks take 3 cards, 2 can be used") as error:
+        read_hardware(tmp_path, 3, FakeNvml([LARGE, SMALL]), {})
+    assert "--ranks 2" in error.value.hint
+    with pytest.raises(MachineError, match="2 ranks take 2 cards, 1 can be used: no other is visible"):
+        read_hardware(tmp_path, 2, FakeNvml([LARGE, SMALL]), {"CUDA_VISIBLE_DEVICES": "1"})
+
+
+def test_ranks_on_a_processor_share_its_memory_and_its_cores(tmp_path: Path) -> None:
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    alone, three = (read_hardware(tmp_path, ranks, FakeNvml([]), hidden) for ranks in (1, 3))
+    assert three.device_memory_free_bytes == pytest.approx(alone.device_memory_free_bytes / 3, rel=0.2)
+    assert three.host_memory_available_bytes == pytest.approx(alone.host_memory_available_bytes, rel=0.2)
+    assert three.cores == max(1, alone.cores // 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "count"),
+    [
+        ("memory.events", "low 0\nhigh 0\nmax 7\noom 3\noom_kill 2\n", 2),
+        ("memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 5\n", 5),
+        ("memory.stat", "cache 0\n", 0),
+    ],
+)
+def test_what_the_kernel_killed_for_memory_is_read_of_either_version(
+    name: str, text: str, count: int, tmp_path: Path
+) -> None:
+    group = tmp_path / "sys" / "job"
+    group.mkdir(parents=True)
+    (group / name).write_text(text)
+    (tmp_path / "cgroup").write_text("0::/job\n")
+    (tmp_path / "mountinfo").write_text(f"30 20 0:26 / {tmp_path}/sys rw - cgroup2 cgroup2 rw\n")
+    assert count_memory_kills(tmp_path) == count

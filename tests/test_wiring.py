@@ -12,9 +12,10 @@ from autotune.errors import ConfigurationError
 from autotune.plan import Request
 from cli.wiring import (
     make_request,
+    make_saving,
     settings_of_plan,
 )
-from profiles import resolve
+from profiles import parse_every, resolve
 
 
 def request(typed: dict[str, Any], profile: str | None = None, world_size: int = 1, *, search: bool = False) -> Request:
@@ -115,3 +116,18 @@ def test_parts_to_freeze_are_given_with_commas_or_one_by_one_in_any_order() -> N
     for wrong in ([1], True, 3, {"encoder": False}):
         with pytest.raises(ConfigurationError, match="freeze"):
             resolve({"freeze": wrong})
+
+
+@pytest.mark.parametrize(("text", "every"), [("500", (500, None)), ("10m", (None, 600)), ("1.5h", (None, 5400))])
+def test_how_often_to_save_is_in_steps_or_in_time(text: str, every: tuple[int | None, float | None]) -> None:
+    assert parse_every(text) == every
+    saving = make_saving(resolve({"save_every": text}).settings)
+    assert (saving.every_steps, saving.every_seconds, saving.each_epoch) == (*every, False)
+    default = make_saving(resolve({}).settings)
+    assert (default.every_steps, default.every_seconds, default.each_epoch, default.keep_last) == (None, 1800, True, 3)
+
+
+@pytest.mark.parametrize("text", ["", "0", "ten", "1.5", "-3", "10 days", "0m"])
+def test_what_is_neither_steps_nor_time_is_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="no number of steps, and no time"):
+        parse_every(text)
