@@ -16,7 +16,12 @@ def print_run(progress: RunProgress, plan: Plan) -> None:
     if progress.skipped:
         warn(f"{count(progress.skipped, 'step')} had a gradient that is not finite, and changed no weight")
     if not progress.steps:
-        out.print("no step was finished; nothing was trained")
+        done = progress.ended == "finished"
+        out.print(
+            f"nothing was left to train; model: {progress.model}"
+            if done
+            else "no step was finished; nothing was trained"
+        )
         return
     validation = f", validation {progress.validation_loss:.4f}" if progress.validation_loss is not None else ""
     losses = f"{number(progress.first_loss, '.4f')} -> {number(progress.last_loss, '.4f')}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,8 +22,10 @@ import pytest
 from conftest import metrics
 from small_runs import Rows, evaluations, going_on, losses, of_kind, run, small_errand, weights
 from test_checkpoint import FILES, flipped, saved
+from test_ranks import after_steps, alive, launched, rank_processes, run_together
 from test_resume import memory_runs_out, not_a_number, run_while, stopping_at
 
+from autotune.errors import MachineError
 from trainer import checkpoint
 from trainer.checkpoint import find
 
@@ -178,3 +181,51 @@ def test_killed_at_a_step_or_in_a_save(part: int, tmp_path: Path, tell: Any) -> 
             assert weights(tmp_path / "run") == weights(tmp_path / "whole")
             shutil.rmtree(tmp_path / "run")
     tell(50)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_are_one_for_any_batch(world_size: int, tmp_path: Path, tell: Any) -> None:
+    """Effective batches of 1, 2, 5, 32 and 33 of 40 samples, last steps smaller; all, or one encoder frozen."""
+    cases = [
+        {"family": family, "effective_batch_size": effective, "frozen": frozen}
+        for effective in (1, 2, 5, 32, 33)
+        for family, frozen in (("llama", ()), ("t5", ()), ("t5", ("encoder",)))
+    ]
+    errands = [
+        small_errand(
+            tmp_path, **case, samples=40, dropout=0.0, epochs=2, max_steps=12, output_dir=str(tmp_path / f"{i}")
+        )
+        for i, case in enumerate(cases)
+    ]
+    together = run_together(
+        [e.model_copy(update={"output_dir": f"{e.output_dir}-together"}) for e in errands], world_size, tmp_path
+    )
+    for errand, rows in zip(errands, together, strict=True):
+        alone = [row["loss"] for row in of_kind(run(errand), "train")]
+        assert [row["loss"] for row in of_kind(rows, "train")] == pytest.approx(alone, rel=1e-5)
+    tell(len(cases))
+
+
+@pytest.mark.parametrize("what", ["killed", "aborted", "stopped"])
+def test_a_rank_that_ends_ends_all_in_time_and_is_named(what: str, tmp_path: Path, tell: Any) -> None:
+    number = {"killed": signal.SIGKILL, "aborted": signal.SIGABRT, "stopped": signal.SIGSTOP}[what]
+    trials = 6 if what == "stopped" else 7
+    for trial in range(trials):
+        errand = small_errand(
+            tmp_path, "llama", world_size=2, epochs=100_000, validation_store=None, heartbeat_seconds=3.0
+        )
+        with launched(errand, 2) as worker:
+            after_steps(worker, 2 + trial)
+            processes, struck, began = rank_processes(worker), trial % 2, time.monotonic()
+            os.kill(processes[struck], number)
+            named: list[int] = []
+            try:
+                for event in worker.events():
+                    named += [event["rank"]] if event["event"] == "rank_failed" else []
+            except MachineError as error:
+                named.append(int(error.message.split()[1]))
+            assert time.monotonic() - began < 10
+            assert named == [struck]
+        assert not any(map(alive, processes.values()))
+        shutil.rmtree(errand.output_dir)
+    tell(trials)
