@@ -16,16 +16,15 @@ from torch import Tensor
 
 from autotune.errands import Train
 from autotune.errors import MachineError, NothingFitsError, TrainingFailedError
-from autotune.plan import Layout
 from trainer import checkpoint
-from trainer.checkpoint import Found, Identity, Origin
+from trainer.checkpoint import Found, Origin
 from trainer.data import Order, TokenStore
 from trainer.evaluate import EvaluationMemoryError, Evaluator, Metrics, special_tokens
 from trainer.memory import PeakMeter, first_line, is_memory_error, prepare_heap
 from trainer.microbatch import MicroBatch, lay_out, target_count
-from trainer.model import build_for, save_model
+from trainer.model import save_model
+from trainer.opening import find_resumed, identity_of, prepare
 from trainer.progress import PATIENCE, Progress, place_of, seed_of, told_differences
-from trainer.proof import TOLERANCE, first_samples, gradient_errors
 from trainer.ranks import ALONE, Ranks
 from trainer.schedule import learning_rate_at, steps_in
 from trainer.spent import SaveClock, Spent, utilization
@@ -33,8 +32,6 @@ from trainer.step import TrainState, accumulate, start, update
 
 WAITS = ("cpu",)
 """Devices that compute while they are asked to: on others a step runs on while the next is laid out."""
-SAFER: tuple[Layout, ...] = ("sorted", "fixed")
-"""What is taken where rows of several samples are not exact."""
 PLAN_AGAIN = (
     "another program has taken memory since the plan was made: close it and go on with --resume, or give --auto too, "
     "to plan for what is free now"
@@ -54,8 +51,8 @@ def train(errand: Train, stop: Callable[[], bool], ranks: Ranks = ALONE) -> Iter
     loss, where the two are not the same. Raises ConfigurationError for a checkpoint of another run, and
     NothingFitsError where memory runs out even for smaller micro-batches.
     """
-    errand, model, store, verified = _prepare(errand)
-    found = _resumed(errand, store, model, ranks)
+    errand, model, store, verified = prepare(errand)
+    found = find_resumed(errand, store, model, ranks)
     run = Run(errand, model, store, ranks, stop)
     del model
     if found is not None:
@@ -339,73 +336,6 @@ class Run:
             save_model(model, tokenizer, folder / "best")
             told["best_model"] = str(folder / "best")
         return told
-
-
-def identity_of(errand: Train, store: TokenStore) -> Identity:
-    """Return what has to be the same for a checkpoint of this errand to be resumed."""
-    return Identity(
-        data=errand.data_contents,
-        samples=len(store),
-        tokenizer=errand.plan.workload.tokenizer_fingerprint,
-        effective_batch_size=errand.plan.batching.effective_batch_size,
-        seed=errand.recipe.seed,
-        optimizer=errand.plan.workload.optimizer,
-        frozen=errand.plan.workload.frozen,
-    )
-
-
-def _prepare(errand: Train) -> tuple[Train, Any, TokenStore, Metrics]:
-    """Build the model and prove the layout, or another, on it; return the errand with the one that holds."""
-    torch.manual_seed(errand.recipe.seed)
-    model = build_for(errand.plan.workload, errand.ids, torch.device(errand.plan.hardware.device))
-    store = TokenStore(Path(errand.store))
-    verified = _verify(errand, model, store)
-    workload = errand.plan.workload.model_copy(update={"layout": verified["layout"]})
-    plan = errand.plan.model_copy(update={"workload": workload})
-    return errand.model_copy(update={"plan": plan}), model, store, verified
-
-
-def _verify(errand: Train, model: Any, store: TokenStore) -> Metrics:
-    """Prove the plan's layout on this model and its first samples, else the next that holds, and say so."""
-    workload, special = errand.plan.workload, special_tokens(model, errand)
-    ids = first_samples(store, errand.recipe.seed, workload)
-    errors: dict[Layout, float] = {}
-    for layout in dict.fromkeys((workload.layout, *SAFER)):
-        errors |= gradient_errors(model, [layout], workload, store, ids, special)
-        if errors[layout] <= TOLERANCE:
-            break
-    return {
-        "kind": "event",
-        "event": "verified" if errors[layout] <= TOLERANCE else "unverified",
-        "step": 0,
-        "layout": layout,
-        "asked": workload.layout,
-        "errors": errors,
-    }
-
-
-def _resumed(errand: Train, store: TokenStore, model: Any, ranks: Ranks) -> Found | None:
-    """Return the checkpoint that is to be gone on from, whole and of this run; None where there is none."""
-    if errand.resume is None:
-        return None
-    found, own = checkpoint.find(Path(errand.resume.place)), Path(errand.output_dir) / checkpoint.FOLDER
-    step = found.manifest.step if found else -1
-    newest, negative_oldest = ranks.most(step, -step)
-    if newest != -negative_oldest:
-        raise MachineError(
-            f"{errand.resume.place}: rank {ranks.rank} finds step {step}, another finds {newest:.0f}",
-            "give a folder that all machines share",
-        )
-    if ranks.leads:
-        checkpoint.clear_partials(own)
-    if found is None:
-        return None
-    checkpoint.check_model(found.folder, model)
-    if not errand.resume.weights_only:
-        checkpoint.check_identity(found, identity_of(errand, store))
-        if ranks.leads and found.folder.parent.resolve() == own.resolve() and not found.damaged:
-            checkpoint.give_up_after(own, found.manifest.step)
-    return found
 
 
 def _trained(state: TrainState) -> list[Tensor]:

@@ -16,12 +16,8 @@ def print_run(progress: RunProgress, plan: Plan) -> None:
     if progress.skipped:
         warn(f"{count(progress.skipped, 'step')} had a gradient that is not finite, and changed no weight")
     if not progress.steps:
-        done = progress.ended == "finished"
-        out.print(
-            f"nothing was left to train; model: {progress.model}"
-            if done
-            else "no step was finished; nothing was trained"
-        )
+        nothing = "nothing was left to train" if progress.ended == "finished" else "no step was finished"
+        out.print(f"{nothing}; model: {progress.model}" if progress.model else f"{nothing}; nothing was trained")
         return
     validation = f", validation {progress.validation_loss:.4f}" if progress.validation_loss is not None else ""
     losses = f"{number(progress.first_loss, '.4f')} -> {number(progress.last_loss, '.4f')}"
