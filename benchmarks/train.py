@@ -39,12 +39,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from autotune.errands import Preprocess
 from autotune.hardware import read_hardware
-from autotune.plan import Hardware, Plan
+from autotune.plan import Hardware, Plan, Precision
 from cli.wiring import make_workload
 from profiles import Settings
 from trainer.data import TokenStore
 from trainer.model import build_for, save_model
 from trainer.preprocess import preprocess
+from trainer.rate import matrix_flops
 from trainer.records import demo_files, demo_records
 from trainer.step import BETAS
 
@@ -238,18 +239,6 @@ def useful_flops(model: Any, rows: list[dict[str, list[int]]]) -> float:
         return 6.0 * (matrices(model) * inputs + head * targets)
     encoder, decoder = matrices(model.get_encoder()), matrices(model.get_decoder())
     return 6.0 * (encoder * inputs + (decoder + head) * targets)
-
-
-def matmul_rate(device: str) -> float:
-    """Return the bf16 FLOP/s of a large matrix product here: the best of some."""
-    size = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
-    best = float("inf")
-    for _ in range(20):
-        began = time.perf_counter()
-        float((a @ b)[0, 0])  # waits
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * size**3 / best
 
 
 def held_out_loss(ready: Prepared, folder: Path) -> float:
@@ -489,7 +478,8 @@ def main() -> None:
         sys.exit(f"{PEERS} is not there: make bench sets it up")
     hardware = read_hardware(Path())
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        rate = pool.submit(matmul_rate, hardware.device).result()
+        own: Precision = "bf16" if hardware.fast_bf16 else "fp32"
+        rate = pool.submit(matrix_flops, torch.device(hardware.device), own).result()
     rows: list[Row] = []
     for case in CASES[hardware.device]:
         if asked.cases and not case.name.startswith(tuple(asked.cases)):
@@ -509,7 +499,7 @@ def main() -> None:
             "data": "real" if os.environ.get("CHATLM_REAL_DATA") else "demo",
             "versions": {"ours": versions(sys.executable), "peers": versions(PEERS)},
             "threads": threads(),
-            "bf16_matmul_flops_per_second": rate,
+            "matmul_flops_per_second": {own: rate},
             "seconds": time.perf_counter() - began,
             "rows": [asdict(row) for row in made],
             "trials": [asdict(trial) for trial in trials],
