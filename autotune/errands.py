@@ -283,6 +283,8 @@ class Follow(Fact):
     store: str
     validation_store: str | None
     tokenizer_dir: str
+    data_contents: str
+    """As in `Train`: ranks that were given other data train nothing."""
     backend: Literal["gloo", "nccl"] | None
     heartbeat_seconds: Annotated[float, Field(gt=0)]
 

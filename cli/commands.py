@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from cli.render.settings import print_config
 from cli.render.units import count
 from cli.render.whatif import print_varied
 from cli.runs import Resuming, RunPlace, check_disk, find_run, write_run
-from cli.training import Job, follow, train
+from cli.training import Going, Job, follow, train
 from cli.whatif import Stage, longest_asked, parse_lever
 from cli.wiring import (
     cache_dir,
@@ -225,7 +226,6 @@ def train_command(
         else:
             job = _plan_of(run, resolved) or _plan_job(resolved, remembering, auto=auto)
         check_disk(run.folder, job.plan, job.settings.keep_last, job.hardware)
-        write_run(run.folder, resolved, job.settings, job.plan, job.evidence)
         assert job.facts.data is not None
         say(f"data: {data_line(job.facts.data)}; {layout_line(job.plan, job.facts.data)}")
         say(f"{batch_line(job.plan)}; run in {run.folder}")
@@ -235,7 +235,10 @@ def train_command(
             | {"output_dir": str(run.folder)}
         )
         again = shlex.join(["chatlm", "train", *["--auto"] * auto, *typed, "--resume"])
-        train(job, run, lock, again, launches=among is None)
+        write = partial(write_run, run.folder, resolved, job.settings, job.plan, job.evidence)
+        if run.resume is None:
+            write()
+        train(job, run, lock, Going(write, again, launches=among is None))
 
 
 def _follow(settings: Settings) -> None:

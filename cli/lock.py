@@ -14,6 +14,8 @@ from typing import IO
 from autotune.errors import MachineError, RunExistsError
 
 LOCK = ".lock"
+BEYOND = 2**20
+"""Where Windows locks a byte, which nobody can read then: beyond what stands there."""
 
 
 @contextmanager
@@ -65,9 +67,12 @@ if sys.platform == "win32":
 
     def _taken(file: IO[str]) -> bool:
         try:
+            file.seek(BEYOND)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError:
             return False
+        finally:
+            file.seek(0)
         return True
 
 else:

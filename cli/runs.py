@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,29 +57,40 @@ def find_run(settings: Settings, resuming: Resuming) -> RunPlace:
     if resuming.place is not None:
         return _named(settings, resuming)
     folder = Path(settings.output_dir or (_newest(settings) if resuming else None) or _new(settings))
-    if resuming and any((folder / "checkpoints").glob("step-*")):
+    if not resuming:
+        _check_free(folder)
+    elif any((folder / "checkpoints").glob("*step-*")):  # those that a kill left without their name, too
         return RunPlace(folder, Resume(place=str(folder), weights_only=False))
-    metrics = folder / "metrics.jsonl"
-    if not resuming and ((folder / "model").exists() or (metrics.exists() and metrics.stat().st_size)):
-        raise RunExistsError(f"{folder} already holds a run", "go on with it: --resume; or give another --output-dir")
+    elif (folder / "model").exists():
+        raise RunExistsError(f"{folder} holds a model and no checkpoint to go on from", "give another --output-dir")
     return RunPlace(folder, None)
+
+
+def _check_free(folder: Path) -> None:
+    """Raise RunExistsError where a run lies in the folder: a model, checkpoints, or rows of metrics."""
+    metrics = folder / "metrics.jsonl"
+    begun = metrics.exists() and metrics.stat().st_size
+    if begun or (folder / "model").exists() or any((folder / "checkpoints").glob("*step-*")):
+        raise RunExistsError(f"{folder} already holds a run", "go on with it: --resume; or give another --output-dir")
 
 
 def _named(settings: Settings, resuming: Resuming) -> RunPlace:
     place = Path(resuming.place or "")
     if not place.is_dir():
         raise ConfigurationError(f"{place}: no such folder", "give a run's folder, or one of its checkpoints")
-    if resuming.weights_only:
-        folder = find_run(settings, Resuming(resume=False, place=None, weights_only=False)).folder
-    else:
-        folder = Path(settings.output_dir or run_of(place))
+    of_place = run_of(place)
+    folder = Path(settings.output_dir or (_new(settings) if resuming.weights_only else of_place))
+    if resuming.weights_only or folder.resolve() != of_place.resolve():
+        _check_free(folder)
     return RunPlace(folder, Resume(place=str(place), weights_only=resuming.weights_only))
 
 
 def run_of(place: Path) -> Path:
-    """Return the folder of the run that a checkpoint is of, or which it is itself."""
+    """Return the folder of the run that a checkpoint is of, or a folder of such, or which it is itself."""
     place = place.absolute()
-    return place.parent.parent if place.name.startswith("step-") else place
+    if re.fullmatch(r"step-\d{8,}", place.name):
+        place = place.parent
+    return place.parent if place.name.startswith("checkpoints") else place
 
 
 def _new(settings: Settings) -> Path:
@@ -91,13 +103,17 @@ def _newest(settings: Settings) -> Path | None:
 
 
 def check_disk(folder: Path, plan: Plan, keep_last: int, hardware: Hardware) -> None:
-    """Raise MachineError where the disk has no room for the checkpoints that stay, one under way, and two models."""
+    """Raise MachineError where the disk has no room for the checkpoints that stay, one under way, and two models.
+
+    What a run that goes on has there already counts.
+    """
     workload = plan.workload
     model = 4 * workload.parameters
     needed = (max(2, keep_last) + 2) * (model + workload.optimizer_state_bytes) + 2 * model + 16 * MIB
-    if hardware.disk_free_bytes < needed:
+    there = sum(file.stat().st_size for file in folder.glob("**/*.safetensors"))
+    if hardware.disk_free_bytes + there < needed:
         raise MachineError(
-            f"the disk of {folder} has {hardware.disk_free_bytes / MIB:,.0f} MiB free, "
+            f"the disk of {folder} has {(hardware.disk_free_bytes + there) / MIB:,.0f} MiB for it, "
             f"checkpoints and models take {needed / MIB:,.0f} MiB",
             "free some, keep fewer with --keep-last 2, or give an --output-dir on another disk",
         )

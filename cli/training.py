@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -12,7 +12,7 @@ from typing import Literal
 import typer
 
 from autotune.errands import Follow, Preprocessed, Train
-from autotune.errors import NothingFitsError, UserError
+from autotune.errors import ConfigurationError, MachineError, NothingFitsError, UserError
 from autotune.hardware import count_memory_kills, read_host_memory
 from autotune.plan import Hardware, Plan
 from autotune.process import Event, Worker, WorkerCrashedError
@@ -26,6 +26,8 @@ from profiles import Settings
 
 ENDINGS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, n)]
 """Signals after which a run is saved: a queue that wants its machine back sends SIGUSR1, a closed terminal SIGHUP."""
+LOST_A_PEER = 76
+"""What a rank ends with that failed for want of another."""
 STOPPED = 75
 """Exit code of a run that can go on: EX_TEMPFAIL of sysexits.h."""
 
@@ -41,11 +43,22 @@ class Job:
     evidence: str | None
 
 
-def train(job: Job, run: RunPlace, lock: int, again: str, *, launches: bool) -> None:
+@dataclass(frozen=True)
+class Going:
+    """How a training begins, and how it goes on."""
+
+    write: Callable[[], None]
+    """Writes down what the run was given; of one that goes on, once its checkpoint is known to be of the same run."""
+    again: str
+    """The command that goes on after a stop."""
+    launches: bool
+    """Whether the other ranks are to be launched, and were not with this command."""
+
+
+def train(job: Job, run: RunPlace, lock: int, going: Going) -> None:
     """Run the worker to its end, showing its rows; a signal lets it finish its step and save.
 
-    The worker holds the run's folder too, by `lock`; `again` is the command that goes on after a stop. It `launches`
-    the other ranks, unless they were launched with this command.
+    The worker holds the run's folder too, by `lock`.
     """
     facts, folder = job.facts, run.folder
     assert facts.data is not None
@@ -62,11 +75,11 @@ def train(job: Job, run: RunPlace, lock: int, again: str, *, launches: bool) -> 
         data_contents=facts.data.contents,
         saving=make_saving(job.settings),
         resume=run.resume,
-        backend=_backend(job.settings),
+        backend=_backend(job.settings, job.hardware),
         heartbeat_seconds=job.settings.heartbeat,
         tensorboard=job.settings.report_to == "tensorboard",
     )
-    ranks = job.plan.batching.world_size if launches else 1
+    ranks = job.plan.batching.world_size if going.launches else 1
     allocator, kills = job.plan.workload.cpu_allocator, count_memory_kills()
     with (
         (folder / "log.txt").open("a+b" if run.resume else "w+b") as log,
@@ -78,6 +91,8 @@ def train(job: Job, run: RunPlace, lock: int, again: str, *, launches: bool) -> 
         failed: Event = {}
         for event in worker.events():
             if event["event"] == "metrics":
+                if run.resume is not None and event["row"].get("event") == "started":
+                    going.write()
                 progress.show(event["row"])
             elif event["event"] == "out_of_memory":
                 raise _no_longer_fits(job.plan, progress, str(event["message"]))
@@ -87,7 +102,7 @@ def train(job: Job, run: RunPlace, lock: int, again: str, *, launches: bool) -> 
             raise _unexpected_end(worker, job.plan, progress, failed, count_memory_kills() - kills)
     print_run(progress, job.plan)
     if progress.ended == "stopped":
-        say(f"go on with:  {again}")
+        say(f"go on with:  {going.again}" if going.launches else f"go on, by the same launcher, with:  {going.again}")
         raise typer.Exit(STOPPED)
     if signals and not progress.steps:
         raise typer.Exit(128 + signals[0])
@@ -102,7 +117,8 @@ def follow(settings: Settings, facts: Preprocessed, hardware: Hardware) -> None:
         store=facts.data.store,
         validation_store=facts.validation.store if facts.validation else None,
         tokenizer_dir=facts.tokenizer_dir,
-        backend=_backend(settings),
+        data_contents=facts.data.contents,
+        backend=_backend(settings, hardware),
         heartbeat_seconds=settings.heartbeat,
     )
     with Worker(hardware.cores) as worker, _signals_to(worker, quietly=True):
@@ -110,11 +126,23 @@ def follow(settings: Settings, facts: Preprocessed, hardware: Hardware) -> None:
         for _ in worker.events():
             pass
         if worker.exit_code:
-            raise WorkerCrashedError(f"the worker ended with exit code {worker.exit_code}:\n{worker.last_words()}")
+            raise _ended(worker.exit_code, worker)
 
 
-def _backend(settings: Settings) -> Literal["gloo", "nccl"] | None:
+def _backend(settings: Settings, hardware: Hardware) -> Literal["gloo", "nccl"] | None:
+    if settings.backend == "nccl" and hardware.device == "cpu":
+        raise ConfigurationError(
+            "--backend nccl is for cards, and this trains on a processor", "leave it out, or give gloo"
+        )
     return None if settings.backend == "auto" else settings.backend
+
+
+def _ended(code: int, worker: Worker, rank: str = "the worker ") -> Exception:
+    if code == LOST_A_PEER:
+        return MachineError(
+            "another rank has ended, so this one ends too", "see what that one says; then go on: --resume"
+        )
+    return WorkerCrashedError(f"{rank}ended with exit code {code}:\n{worker.last_words()}")
 
 
 @contextmanager
@@ -124,10 +152,10 @@ def _signals_to(worker: Worker, *, quietly: bool = False) -> Iterator[list[int]]
 
     def take(number: int, _frame: FrameType | None) -> None:
         came.append(number)
-        if len(came) > 1:
+        if came.count(number) > 1:  # a queue may send two kinds, one after the other
             worker.kill()
             raise typer.Exit(128 + number)
-        if not quietly:
+        if not quietly and len(came) == 1:
             say("stopping: finishing the step and saving; once more ends at once")
         worker.interrupt()
 
@@ -145,7 +173,7 @@ def _no_longer_fits(plan: Plan, progress: RunProgress, message: str) -> UserErro
     return NothingFitsError(
         f"memory ran out after step {progress.steps} ({message}); the plan says a peak of "
         f"{gib(peak)} of {gib(plan.memory.limit_bytes)} free then",
-        f"another program has taken memory since: close it, or plan again with --auto{saved}",
+        f"another program has taken memory since: close it, or give less to each step with --batch-size-per-gpu{saved}",
     )
 
 
@@ -162,5 +190,4 @@ def _unexpected_end(worker: Worker, plan: Plan, progress: RunProgress, failed: E
         )
         now = f"{gib(host.available_bytes)} are free now by {host.limited_by}"
         return _no_longer_fits(plan, progress, f"{rank}killed by signal 9: {by}; {now}")
-    code = failed.get("exit_code", worker.exit_code)
-    return WorkerCrashedError(f"{rank or 'the worker '}ended with exit code {code}:\n{worker.last_words()}")
+    return _ended(failed.get("exit_code", worker.exit_code), worker, rank or "the worker ")

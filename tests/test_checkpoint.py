@@ -137,8 +137,28 @@ def test_a_folder_that_was_left_half_written_is_no_checkpoint_and_goes(tmp_path:
     found = find(tmp_path)
     assert found is not None
     assert (found.folder.name, found.damaged) == ("step-00000005", ())
-    checkpoint.clear_partials(folder)
+    checkpoint.recover(folder)
     assert [p.name for p in folder.iterdir()] == ["step-00000005"]
+
+
+@pytest.mark.parametrize("ending", ["partial", "removed"])
+def test_one_that_a_kill_left_whole_without_its_name_has_it_again(ending: str, tmp_path: Path) -> None:
+    """Between the moment when the older one of a step goes, and that when the new one takes its name."""
+    saved(tmp_path, 5)
+    folder = tmp_path / "checkpoints"
+    (folder / "step-00000005").rename(folder / f".step-00000005.{ending}")
+    assert find(tmp_path) is None
+    checkpoint.recover(folder)
+    found = find(tmp_path)
+    assert found is not None
+    assert [p.name for p in folder.iterdir()] == ["step-00000005"]
+
+
+def test_the_best_of_each_that_stays_stays_too(tmp_path: Path) -> None:
+    """So that a run which goes on from an older one, the newest being damaged, still has its best."""
+    saved(tmp_path, 1, 2, best=1)
+    assert saved(tmp_path, 3, best=3, keep_last=2) == ["step-00000001", "step-00000002", "step-00000003"]
+    assert saved(tmp_path, 4, best=3, keep_last=2) == ["step-00000003", "step-00000004"]
 
 
 def test_the_last_stay_and_the_best_and_never_fewer_than_two(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from small_runs import Rows, evaluations, going_on, losses, of_kind, run, small_errand, weights
 
-from autotune.errands import Train
+from autotune.errands import Follow, Train
 from autotune.process import Worker
 from trainer.ranks import Ranks
 
@@ -184,16 +184,47 @@ def test_a_rank_that_hangs_is_given_up_after_its_heartbeat_and_named(endless: Tr
     assert not any(map(alive, processes.values()))
 
 
-def test_a_supervisor_that_is_gone_leaves_no_rank_and_a_checkpoint(endless: Train, tmp_path: Path) -> None:
-    """The launcher dies with it, and lets its ranks save."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_ranks_whose_launcher_is_told_to_stop_or_is_gone_save_and_leave(number: int, endless: Train) -> None:
     with launched(endless, 2) as worker:
         after_steps(worker, 3)
         processes = rank_processes(worker)
-        worker.interrupt()
+        os.kill(worker.process_id, number)
         rows = [event["row"] for event in worker.events() if event["event"] == "metrics"]
+        end = time.monotonic() + 10
+        while any(map(alive, processes.values())):
+            assert time.monotonic() < end, "a rank was left"
+            time.sleep(0.05)
     assert rows[-1]["event"] == "stopped"
     assert of_kind(rows, "checkpoint")
-    assert not any(map(alive, processes.values()))
+
+
+def test_ranks_that_have_other_data_train_nothing(tmp_path: Path) -> None:
+    """As on machines whose files differ: each says so, and none waits for the other."""
+    program = "import sys; from trainer.worker import main; main()"
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    first = small_errand(tmp_path, "llama", world_size=2)
+    Path(first.output_dir).mkdir()
+    second = Follow(device="cpu", backend=None, heartbeat_seconds=60, data_contents="other",
+                    **first.model_dump(include={"store", "validation_store", "tokenizer_dir"}))  # fmt: skip
+    processes = []
+    for rank, errand in enumerate((first, second)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program],
+            env=os.environ | common | {"RANK": str(rank)},
+            stdin=-1,
+            stdout=-1,
+            stderr=-1,
+        )
+        assert process.stdin is not None
+        process.stdin.write(errand.model_dump_json(by_alias=True).encode())
+        process.stdin.close()
+        process.stdin = None
+        processes.append(process)
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 3, err
+        assert b"the ranks do not have the same data" in out
 
 
 def alive(process: int) -> bool:

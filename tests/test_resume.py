@@ -141,7 +141,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_an_older_one_that_is_named_move
     third = run(going_on(errand, place=str(folder / "step-00000002")), stopping_at(3))
     assert losses(third) == losses(rows)[2:3]
     assert {p.name for p in folder.iterdir()} == {"step-00000002", "step-00000003"}
-    assert (tmp_path / "run" / "checkpoints-given-up" / "step-00000006").is_dir()
+    given_up = {p.name for p in (tmp_path / "run" / "checkpoints-given-up").iterdir()}
+    assert given_up >= {"step-00000006", "step-00000008"}
 
 
 def test_a_stop_breaks_an_evaluation_off_and_it_is_made_up_for(tmp_path: Path) -> None:
@@ -159,9 +160,27 @@ def test_a_stop_breaks_an_evaluation_off_and_it_is_made_up_for(tmp_path: Path) -
     first = run(errand, while_evaluating)
     assert [row["step"] for row in of_kind(first, "validation")] == [2]
     assert losses(first)[-1][0] == 4
+    again = run(going_on(errand), lambda rows: True)
+    assert losses(again) == evaluations(again) == [], "nor is it lost by a stop while it is made up for"
+    assert again[-1]["event"] == "stopped"
     second = run(going_on(errand))
     assert evaluations(first) + evaluations(second) == evaluations(rows)
     assert losses(first) + losses(second) == losses(rows)
+
+
+def test_a_best_whose_checkpoint_is_gone_is_told_and_ends_nothing(tmp_path: Path) -> None:
+    errand = small_errand(tmp_path, "llama", epochs=9, eval_every=3, learning_rate=30.0, warmup=26, saving=EVERY)
+
+    def lose(rows: Rows) -> bool:
+        for row in of_kind(rows, "validation"):
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / checkpoint.name_of(row["step"]), ignore_errors=True)
+        return False
+
+    rows = run(errand, lose)
+    assert rows[-1]["event"] == "finished"
+    assert rows[-1]["best_model"] is None
+    assert "cannot be read" in rows[-1]["best_lost"]
+    assert not (tmp_path / "run" / "best").exists()
 
 
 def test_the_best_is_a_checkpoint_that_stays_and_becomes_a_model_at_the_end(tmp_path: Path) -> None:

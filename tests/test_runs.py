@@ -42,6 +42,9 @@ def test_a_folder_with_a_run_is_refused_unless_it_is_to_go_on(tmp_path: Path) ->
         place(tmp_path)
     assert error.value.exit_code == 5
     assert place(tmp_path, resume=True) == RunPlace(tmp_path, None), "killed before the first checkpoint"
+    (tmp_path / "model").mkdir()
+    with pytest.raises(RunExistsError, match="holds a model and no checkpoint"):
+        place(tmp_path, resume=True)
     (tmp_path / "checkpoints" / "step-00000003").mkdir(parents=True)
     going_on = place(tmp_path, resume=True)
     assert going_on == RunPlace(tmp_path, Resume(place=str(tmp_path), weights_only=False))
@@ -58,10 +61,15 @@ def test_what_is_named_is_gone_on_from_in_its_own_folder_and_weights_alone_in_an
     settings = resolve({}).settings
     named = find_run(settings, Resuming(False, str(checkpoint), False))
     assert (named.folder, named.plan_file) == (run, run / "plan.json")
+    folder = find_run(settings, Resuming(False, str(run / "checkpoints"), False))
+    assert (folder.folder, folder.plan_file) == (run, run / "plan.json")
+    (tmp_path / "taken" / "checkpoints" / "step-00000009").mkdir(parents=True)
+    with pytest.raises(RunExistsError, match="taken already holds a run"):
+        place(tmp_path / "taken", place=str(checkpoint))
     other = place(tmp_path / "other", place=str(checkpoint), weights_only=True)
     assert (other.folder, other.plan_file) == (tmp_path / "other", None)
     with pytest.raises(ConfigurationError, match="no such folder"):
-        place(run, place=str(tmp_path / "nothing"))
+        place(tmp_path / "new", place=str(tmp_path / "nothing"))
     with pytest.raises(ConfigurationError, match="not from what"):
         place(run, weights_only=True)
 
@@ -78,5 +86,5 @@ def test_a_disk_without_room_for_the_checkpoints_is_told_before_anything_runs(tm
     """Of 26 million parameters: three checkpoints that stay and one under way, the best's, and two models."""
     needed = (5 * 12 + 2 * 4) * 26_000_000 + 16 * 2**20
     check_disk(tmp_path, facts.plan(), 3, facts.hardware(disk_free_bytes=needed))
-    with pytest.raises(MachineError, match=r"has 1,701 MiB free, checkpoints and models take 1,702 MiB"):
+    with pytest.raises(MachineError, match=r"has 1,701 MiB for it, checkpoints and models take 1,702 MiB"):
         check_disk(tmp_path, facts.plan(), 3, facts.hardware(disk_free_bytes=needed - 2**20))

@@ -15,6 +15,8 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -128,14 +130,17 @@ def save(checkpoints: Path, state: TrainState, progress: Progress, origin: Origi
     target = checkpoints / name_of(progress.step)
     partial = checkpoints / f".{target.name}.partial"
     try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
+        if not checkpoints.exists():
+            checkpoints.mkdir(parents=True)
+            for folder in (checkpoints.parent, checkpoints.parent.parent):
+                _sync(folder)
         _discard(partial)
         _check_room(checkpoints, state)
         partial.mkdir()
         _write(partial, state, progress, origin)
-        _discard(target)  # one that is damaged, or of a future that a resume gave up
-        os.rename(partial, target)  # noqa: PTH104 # fails where there is one already
-        _sync(checkpoints)
+        with _hidden(target):  # one of the same step, which is there until the new one is
+            os.rename(partial, target)  # noqa: PTH104 # fails where there is one already
+            _sync(checkpoints)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -169,8 +174,11 @@ def find(place: Path) -> Found | None:
     return None
 
 
-def verify(folder: Path) -> Manifest:
-    """Return the manifest of a checkpoint whose every file is what was written, by size and hash; else DamagedError."""
+def verify(folder: Path, name: str = "") -> Manifest:
+    """Return the manifest of a checkpoint whose every file is what was written, by size and hash; else DamagedError.
+
+    `name` is what it is called if not by its folder, as one that is hidden is not.
+    """
     try:
         written = (folder / MANIFEST).read_bytes()
     except OSError as error:
@@ -182,7 +190,7 @@ def verify(folder: Path) -> Manifest:
         manifest = Manifest.model_validate_json(b"{" + written[head.end() :])
     except ValidationError as error:
         raise DamagedError(f"{MANIFEST} is of another version of chatlm ({error.errors()[0]['loc']})") from None
-    if folder.name != name_of(manifest.step):
+    if (name or folder.name) != name_of(manifest.step):
         raise DamagedError(f"it is step {manifest.step}, under another name")
     for name, facts in manifest.files.items():
         try:
@@ -278,12 +286,7 @@ def _write(folder: Path, state: TrainState, progress: Progress, origin: Origin) 
         identity=origin.identity,
         recipe=origin.recipe,
         plan=origin.plan_hash,
-        versions={
-            "chatlm": version("chatlm"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-        },
+        versions=versions(),
         files={n: FileFacts(bytes=(folder / n).stat().st_size, sha256=_hash(folder / n)) for n in names},
     )
     body = manifest.model_dump_json(by_alias=True, indent=2).encode()[1:]
@@ -293,22 +296,40 @@ def _write(folder: Path, state: TrainState, progress: Progress, origin: Origin) 
     _sync(folder)
 
 
+def versions() -> dict[str, str]:
+    """Return what may change the last digits of a loss."""
+    return {
+        "chatlm": version("chatlm"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+
+
 def _rotate(checkpoints: Path, keep_last: int, best_step: int | None) -> None:
     """Remove what is older than the last so many, but the best, where two of those that stay are whole.
 
-    The newest is: it was hashed as it was written.
+    The newest is: it was hashed as it was written. What one that stays has as its best stays too.
     """
     newest_first = _all(checkpoints)
     kept = newest_first[: max(keep_last, KEPT_AT_LEAST)]
-    older = [folder for folder in newest_first[len(kept) :] if folder.name != name_of(best_step or 0)]
+    best = {name_of(step) for step in (best_step, *map(_best_of, kept)) if step is not None}
+    older = [folder for folder in newest_first[len(kept) :] if folder.name not in best]
     if older and any(map(_is_whole, kept[1:])):
         for folder in older:
             _discard(folder)
 
 
-def _is_whole(folder: Path) -> bool:
+def _best_of(folder: Path) -> int | None:
     try:
-        verify(folder)
+        return SAVED_STATE.validate_json((folder / STATE).read_bytes()).progress.best.step
+    except (OSError, ValidationError):  # a damaged one has none
+        return None
+
+
+def _is_whole(folder: Path, name: str = "") -> bool:
+    try:
+        verify(folder, name)
     except DamagedError:
         return False
     return True
@@ -329,10 +350,14 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def clear_partials(checkpoints: Path) -> None:
-    """Remove what a save or a removal that was killed has left."""
-    for folder in checkpoints.glob(".step-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+def recover(checkpoints: Path) -> None:
+    """Clear up what a save or a removal that was killed has left; one that is whole gets its name."""
+    for folder in sorted(checkpoints.glob(".step-*")):
+        target = checkpoints / folder.name.removeprefix(".").partition(".")[0]
+        if not target.exists() and _is_whole(folder, target.name):
+            folder.rename(target)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def give_up_after(checkpoints: Path, step: int) -> list[Path]:
@@ -349,11 +374,23 @@ def give_up_after(checkpoints: Path, step: int) -> list[Path]:
 
 def _discard(folder: Path) -> None:
     """Remove a folder: hidden first, so that one half removed is never taken for a checkpoint."""
-    if not folder.exists():
-        return
+    with _hidden(folder):
+        pass
+
+
+@contextmanager
+def _hidden(folder: Path) -> Iterator[None]:
+    """Put a folder, if there is one, out of sight, and remove it afterwards; where something fails it is back."""
     hidden = folder.with_name(f".{folder.name.lstrip('.')}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
-    folder.rename(hidden)
+    if folder.exists():
+        folder.rename(hidden)
+    try:
+        yield
+    except OSError:
+        if hidden.exists():
+            hidden.rename(folder)
+        raise
     shutil.rmtree(hidden, ignore_errors=True)
 
 

@@ -22,6 +22,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from trainer.ties import ERRAND_FILE, LOST_A_PEER, die_with_parent
 
+SAVE_SECONDS = 600
+"""That ranks have to finish their step and save, before they are killed."""
+
 
 def main() -> None:
     """Launch as many ranks as the first argument says, and tell which of them failed first."""
@@ -36,6 +39,7 @@ def main() -> None:
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.1,
+        shutdown_timeout=SAVE_SECONDS,
     )
     with tempfile.TemporaryDirectory(prefix="chatlm-") as folder:
         errand = Path(folder) / "errand.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +15,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from autotune.errands import Train
+from autotune.errands import Saving, Train
 from autotune.errors import MachineError, NothingFitsError, TrainingFailedError
 from trainer import checkpoint
-from trainer.checkpoint import Found, Origin
+from trainer.checkpoint import DamagedError, Found, Origin
 from trainer.data import Order, TokenStore
 from trainer.evaluate import EvaluationMemoryError, Evaluator, Metrics, special_tokens
 from trainer.memory import PeakMeter, first_line, is_memory_error, prepare_heap
@@ -27,14 +28,14 @@ from trainer.opening import find_resumed, identity_of, prepare
 from trainer.progress import PATIENCE, Progress, place_of, seed_of, told_differences
 from trainer.ranks import ALONE, Ranks
 from trainer.schedule import learning_rate_at, steps_in
-from trainer.spent import SaveClock, Spent, utilization
-from trainer.step import TrainState, accumulate, start, update
+from trainer.step import FIRST_LOSS_SCALE, TrainState, accumulate, start, update
+from trainer.tally import Tally, utilization
 
 WAITS = ("cpu",)
 """Devices that compute while they are asked to: on others a step runs on while the next is laid out."""
 PLAN_AGAIN = (
-    "another program has taken memory since the plan was made: close it and go on with --resume, or give --auto too, "
-    "to plan for what is free now"
+    "another program has taken memory since the plan was made: close it, and go on with --resume; where the plan no "
+    "longer fits then, it is made anew"
 )
 NOT_FINITE = "not-finite.json"
 """In the folder of a run: the samples of the step that ended it."""
@@ -60,11 +61,11 @@ def train(errand: Train, stop: Callable[[], bool], ranks: Ranks = ALONE) -> Iter
     yield verified
     total = run.total_steps
     yield {"kind": "event", "event": "started", "step": run.progress.step, "total_steps": total, "samples": len(store)}
-    counted, spent = utilization(errand.plan, run.state.model), Spent(run.progress.step)
+    counted, tally = utilization(errand.plan, run.state.model), Tally(run.progress.step)
     for row in run.rows():
-        yield spent.timed(row, counted)
+        yield tally.timed(row, counted)
     ended = "stopped" if run.stopped else "finished"
-    yield spent.against(errand.plan, run.progress.step)
+    yield tally.against(errand.plan, run.progress.step)
     yield {"kind": "event", "event": ended, "step": run.progress.step} | run.leave()
 
 
@@ -79,6 +80,8 @@ class Run:
     stop: Callable[[], bool]
     progress: Progress = field(default_factory=Progress)
     stopped: bool = False
+    unread: Metrics | None = None
+    """The row of a step whose loss and norm are still on the device."""
 
     def __post_init__(self) -> None:
         plan, recipe = self.errand.plan, self.errand.recipe
@@ -107,7 +110,10 @@ class Run:
             checkpoint.restore_weights(found.folder, self.state.model)
         else:
             self.progress = checkpoint.restore(found, self.state)
-        manifest = found.manifest
+            if self.workload.precision == "fp16" and found.manifest.plan != self.origin.plan_hash:
+                self.state.loss_scale.fill_(FIRST_LOSS_SCALE)  # that of another precision says nothing
+        manifest, recipe = found.manifest, self.origin.recipe
+        changed = told_differences(manifest.recipe.model_dump(), recipe.model_dump())
         return {
             "kind": "event",
             "event": "resumed",
@@ -117,7 +123,7 @@ class Run:
             "weights_only": self.errand.resume.weights_only,
             "verified_bytes": sum(file.bytes for file in manifest.files.values()),
             "damaged": list(found.damaged),
-            "changed": told_differences(manifest.recipe.model_dump(), self.origin.recipe.model_dump()),
+            "changed": [*changed, *told_differences(manifest.versions, checkpoint.versions())],
             "same_plan": manifest.plan == self.origin.plan_hash,
         }
 
@@ -125,18 +131,17 @@ class Run:
         """Take steps to the end; a row is read when the device has begun the next step, where it can."""
         if self._evaluation_is_due() and self.progress.evaluated_at < self.progress.step:
             yield from self._evaluate()  # which a stop broke off
-        unread: Metrics | None = None
+            (self.stopped,) = self.ranks.any(self.stop())
+            yield from self._save(last=self.stopped)
         while self.progress.step < self.total_steps and not self._is_out_of_patience() and not self.stopped:
             taken = yield from self._step()
-            if unread is not None:
-                yield from self._read(unread)
-            unread = taken
+            yield from self._read()
+            self.unread = taken
             self.stopped, saves = self.ranks.any(self.stop(), self.clock.is_due(self.progress.step))
             evaluates = not self.stopped and self._evaluation_is_due()
             ends = self.stopped or self.progress.step == self.total_steps
             if ends or saves or evaluates or self.device.type in WAITS:
-                yield from self._read(unread)
-                unread = None
+                yield from self._read()
             if evaluates:
                 improved = yield from self._evaluate()
                 (self.stopped,) = self.ranks.any(self.stop())
@@ -181,10 +186,7 @@ class Run:
             self._drop_gradients()
             yield self._out_of_memory("evaluation", message, rows, max(1, rows // 2))
             rows = max(1, rows // 2)
-        raise NothingFitsError(
-            f"memory ran out in the evaluation after step {self.progress.step}, with micro-batches of {rows} rows too",
-            PLAN_AGAIN,
-        )
+        yield from self._give_up(f"the evaluation after step {self.progress.step}, of {rows} rows too ({message})")
 
     def _step(self) -> Generator[Metrics, None, Metrics]:
         """Take one step of the effective batch; return its row, whose loss and norm are still on the device."""
@@ -250,11 +252,16 @@ class Run:
             yield self._out_of_memory("step", failed or "on another rank", rows, self.rows_at_once if again else None)
             if not again:
                 break
-        yield from self._save(last=False)
+        where = f"step {self.progress.step + 1} with micro-batches of {rows} rows too ({failed or 'on another rank'})"
+        yield from self._give_up(where)
+        raise AssertionError
+
+    def _give_up(self, where: str) -> Generator[Metrics, None, NoReturn]:
+        """Save what was trained, and end: memory has run out for good."""
+        yield from self._save(last=True)
+        self.ranks.any(False)  # an error of another rank would end the one that saves
         raise NothingFitsError(
-            f"memory ran out in step {self.progress.step + 1} with micro-batches of {rows} rows too ({failed}); "
-            f"what was trained until then is saved in {self.checkpoints}",
-            PLAN_AGAIN,
+            f"memory ran out in {where}; what was trained until then is saved in {self.checkpoints}", PLAN_AGAIN
         )
 
     def _out_of_memory(self, where: str, message: str, rows: int, rows_now: int | None) -> Metrics:
@@ -272,36 +279,44 @@ class Run:
             self._orders = {epoch: Order(len(self.store), self.errand.recipe.seed, epoch)}
         return self._orders[epoch]
 
-    def _read(self, row: Metrics) -> Iterator[Metrics]:
-        """Read what a step left on the device, which waits for it, and say what is odd about it."""
-        row = row | {name: row[name].item() for name in ("loss", "gradient_norm")}
+    def _read(self) -> Iterator[Metrics]:
+        """Read what the last step left on the device, which waits for it, and say what is odd about it."""
+        if self.unread is None:
+            return
+        unread, self.unread = self.unread, None
+        row = unread | {name: unread[name].item() for name in ("loss", "gradient_norm")}
         yield row
         watch, event = self.progress.watch, {"kind": "event", "step": row["step"]}
-        leapt = watch.look(row["loss"], row["gradient_norm"])
-        if leapt:
-            yield event | {"event": "spike"} | leapt
-        if not watch.not_finite:
+        finite = math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"])
+        # In fp16 a gradient beyond its range is how a scale is found, and no sign of anything.
+        if finite or not (self.workload.precision == "fp16" and math.isfinite(row["loss"])):
+            leapt = watch.look(row["loss"], row["gradient_norm"])
+            if leapt:
+                yield event | {"event": "spike"} | leapt
+        if finite:
             return
         epoch, place = place_of(row["step"] - 1, len(self.store), self.errand.plan.batching.effective_batch_size)
         skipped = event | {"event": "skipped_step", "samples": self._order(epoch)[place].tolist()}
         yield skipped
         if watch.not_finite >= PATIENCE:
-            self._fail(skipped["samples"])
+            self._fail(row["step"], skipped["samples"])
 
-    def _fail(self, ids: Sequence[int]) -> NoReturn:
+    def _fail(self, step: int, ids: Sequence[int]) -> NoReturn:
         """End the run, with the samples of the last step in a file for people to look at."""
         file = Path(self.errand.output_dir) / NOT_FINITE
         if self.ranks.leads:
             samples = [{"sample": i, "tokens": self.store.tokens(i).tolist()} for i in ids]
-            file.write_text(json.dumps({"step": self.progress.step, "samples": samples}), encoding="utf-8")
+            file.write_text(json.dumps({"step": step, "samples": samples}), encoding="utf-8")
+        self.ranks.any(False)  # an error of another rank would end the one that writes
         raise TrainingFailedError(
-            f"{PATIENCE} steps in a row, up to step {self.progress.step}, had a loss or a gradient that is not finite, "
+            f"{PATIENCE} steps in a row, up to step {step}, had a loss or a gradient that is not finite, "
             f"and changed no weight; the samples of the last are in {file}",
             "go on from the last checkpoint with a lower --learning-rate: --resume; or with --precision bf16 or fp32",
         )
 
     def _save(self, *, last: bool) -> Iterator[Metrics]:
         """Commit a checkpoint. One that cannot be written is an event, but for the last, without which all is lost."""
+        yield from self._read()
         event = {"kind": "event", "event": "checkpoint", "step": self.progress.step}
         self.clock.saved()
         if not self.ranks.leads:
@@ -327,15 +342,43 @@ class Run:
         if not self.ranks.leads:
             return told
         save_model(model, tokenizer, folder / "model")
+        if best.step is None:
+            return told
+        shutil.rmtree(folder / "best", ignore_errors=True)  # of an earlier stop
         if best.step == self.progress.step:
-            told["best_model"] = told["model"]
-        elif best.step is not None:
-            found = checkpoint.find(self.checkpoints / checkpoint.name_of(best.step))
-            assert found is not None
-            checkpoint.restore_weights(found.folder, model)
-            save_model(model, tokenizer, folder / "best")
-            told["best_model"] = str(folder / "best")
-        return told
+            return told | {"best_model": told["model"]}
+        kept = self.checkpoints / checkpoint.name_of(best.step)
+        try:
+            checkpoint.verify(kept)
+        except DamagedError as error:
+            return told | {"best_model": None, "best_lost": f"{kept.name}: {error}"}
+        checkpoint.restore_weights(kept, model)
+        save_model(model, tokenizer, folder / "best")
+        return told | {"best_model": str(folder / "best")}
+
+
+@dataclass
+class SaveClock:
+    """Says when a checkpoint is due."""
+
+    saving: Saving
+    steps_per_epoch: int
+
+    def __post_init__(self) -> None:
+        self.saved()
+
+    def saved(self) -> None:
+        """Count from now on."""
+        self._last = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Say whether one is due after this step."""
+        every, seconds = self.saving.every_steps, self.saving.every_seconds
+        return (
+            (every is not None and step % every == 0)
+            or (self.saving.each_epoch and step % self.steps_per_epoch == 0)
+            or (seconds is not None and time.monotonic() - self._last >= seconds)
+        )
 
 
 def _trained(state: TrainState) -> list[Tensor]:

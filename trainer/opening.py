@@ -69,7 +69,11 @@ def find_resumed(errand: Train, store: TokenStore, model: Any, ranks: Ranks) -> 
     """Return the checkpoint that is to be gone on from, whole and of this run; None where there is none."""
     if errand.resume is None:
         return None
-    found, own = checkpoint.find(Path(errand.resume.place)), Path(errand.output_dir) / checkpoint.FOLDER
+    own = Path(errand.output_dir) / checkpoint.FOLDER
+    if ranks.leads:
+        checkpoint.recover(own)
+    ranks.any(False)  # the others look when that is done
+    found = checkpoint.find(Path(errand.resume.place))
     step = found.manifest.step if found else -1
     newest, negative_oldest = ranks.most(step, -step)
     if newest != -negative_oldest:
@@ -77,13 +81,11 @@ def find_resumed(errand: Train, store: TokenStore, model: Any, ranks: Ranks) -> 
             f"{errand.resume.place}: rank {ranks.rank} finds step {step}, another finds {newest:.0f}",
             "give a folder that all machines share",
         )
-    if ranks.leads:
-        checkpoint.clear_partials(own)
     if found is None:
         return None
     checkpoint.check_model(found.folder, model)
     if not errand.resume.weights_only:
         checkpoint.check_identity(found, identity_of(errand, store))
-        if ranks.leads and found.folder.parent.resolve() == own.resolve() and not found.damaged:
+        if ranks.leads and found.folder.parent.resolve() == own.resolve():
             checkpoint.give_up_after(own, found.manifest.step)
     return found

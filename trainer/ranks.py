@@ -32,6 +32,7 @@ BEATS = 6
 PATIENCE_SECONDS = 1800.0
 """Of a message between ranks that live: one may save a large model, or answer many prompts, while the others wait."""
 LEFT = "left"
+LAUNCHER_HAS_STORE = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 class PeerLostError(Exception):
@@ -122,6 +123,8 @@ def _reduce(tensor: Tensor, how: Any = dist.ReduceOp.SUM, group: Any = None) -> 
 def _send(message: Callable[[], object]) -> None:
     try:
         message()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # gloo's have no type of their own
         raise PeerLostError(str(error)) from error
 
@@ -136,7 +139,7 @@ def join(
     thread of its own `lost` is told of a rank that has given no sign of life for so many seconds.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1:
+    if world_size == 1 or "RANK" not in os.environ:
         yield Ranks()
         return
     if device.type == "cuda":
@@ -175,9 +178,9 @@ class Heartbeat(threading.Thread):
                 count += 1
                 self._beat(count)
                 now = {rank: self._store.get(f"beat {rank}").decode() for rank in others}
-            except RuntimeError:  # the rank that has the store is gone, or does not answer
-                if not self._leaving.is_set():
-                    self._lost(0)
+            except RuntimeError:  # whoever has the store is gone, or does not answer
+                if not self._leaving.is_set() and not LAUNCHER_HAS_STORE:
+                    self._lost(0)  # a launcher that is gone has told its ranks to save and leave
                 return
             for rank, beat in now.items():
                 if beat != seen[rank] or beat == LEFT:

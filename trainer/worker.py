@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 
 from autotune.errands import ERRAND, Dry, Errand, Follow, Preprocess, Trace, Train
-from autotune.errors import ConfigurationError, MachineError, UserError
+from autotune.errors import ConfigurationError, DataError, MachineError, UserError
 from autotune.plan import Device
 from trainer.attention import attention_of_processors
 from trainer.board import Board
@@ -38,7 +38,7 @@ from trainer.rows import RowFile
 from trainer.ties import ERRAND_FILE, LOST_A_PEER, die_with_parent
 from trainer.trace import trace
 
-OUT_OF_MEMORY_EXIT = 9
+OUT_OF_MEMORY_EXIT, CRASHED = 9, 1
 PEER_SECONDS = 1.0
 NO_COMPILE = "plan and train with --compile off; compiling takes a C++ compiler, and Triton on a card"
 
@@ -74,11 +74,14 @@ def main() -> NoReturn:
             traceback.print_exc()
             events.send("out_of_memory", message=first_line(error))
             _leave(OUT_OF_MEMORY_EXIT)
-        if not is_compile_error(error):
-            raise
         traceback.print_exc()
+        if not is_compile_error(error):
+            _leave(CRASHED)
         line = str(error).strip().splitlines()[0]
         _fail(events, ConfigurationError(f"the model does not compile here: {line}", NO_COMPILE))
+    except Exception:  # noqa: BLE001 # a bug: told, and left at once, since what tears down after one may hang
+        traceback.print_exc()
+        _leave(CRASHED)
     _leave(0)
 
 
@@ -123,6 +126,8 @@ def _train_together(errand: Train | Follow, events: Events) -> None:
     try:
         with join(device, errand.backend, errand.heartbeat_seconds, lost) as ranks:
             told = Train.model_validate_json(ranks.tell(errand.model_dump_json(by_alias=True)))
+            if ranks.any(told.data_contents != errand.data_contents)[0]:
+                raise DataError("the ranks do not have the same data", "give each machine the same files")
             if ranks.leads:
                 _train(told, events, stopped, ranks)
             else:
@@ -174,7 +179,7 @@ class _Stop:
 
     def __init__(self) -> None:
         self._asked = False
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK"):
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGBREAK"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self._ask)
 

@@ -33,7 +33,7 @@ def print_run(progress: RunProgress, plan: Plan) -> None:
     out.print(f"model: {progress.model}")
     if progress.best:
         best, loss = progress.best, number(progress.best["best_loss"], ".4f")
-        where = "the last one" if best["best_model"] == progress.model else best["best_model"]
+        where = "the last one" if best["best_model"] == progress.model else best["best_model"] or best["best_lost"]
         out.print(f"best: {where} (step {best['best_step']}, validation loss {loss})")
 
 

@@ -344,9 +344,11 @@ def test_other_data_or_another_batch_is_refused_by_name(tmp_path: Path, dialogue
                   "--tokenizer", "run/model")  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "was trained with another data: " in done.stderr
+    before = (tmp_path / "run" / "plan.json").read_bytes()
     done = chatlm(*first, "--effective-batch-size", 5, "--batch-size-per-gpu", 5, "--epochs", 2, "--resume")
     assert done.returncode == 2, done.stderr
     assert "was trained with another effective batch size: 7 then, 5 now" in done.stderr
+    assert (tmp_path / "run" / "plan.json").read_bytes() == before, "what is refused changes nothing"
     done = chatlm("train", "--data", shorter, *FIXED, "--output-dir", "other", "--resume-from", "run",
                   "--resume-weights-only", "--tokenizer", "run/model", "--max-steps", 1)  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,44 +1,18 @@
-"""What the rows of a run add up to: its seconds, its peak, how true its plan was; and when it is time to save."""
+"""What the rows of a run add up to: its seconds, its peak, how true its plan was."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from autotune.errands import Saving
 from autotune.plan import Plan
 from trainer.rate import token_flops
 
 Metrics = dict[str, Any]
 
 
-@dataclass
-class SaveClock:
-    """Says when a checkpoint is due."""
-
-    saving: Saving
-    steps_per_epoch: int
-
-    def __post_init__(self) -> None:
-        self.saved()
-
-    def saved(self) -> None:
-        """Count from now on."""
-        self._last = time.monotonic()
-
-    def is_due(self, step: int) -> bool:
-        """Say whether one is due after this step."""
-        every, seconds = self.saving.every_steps, self.saving.every_seconds
-        return (
-            (every is not None and step % every == 0)
-            or (self.saving.each_epoch and step % self.steps_per_epoch == 0)
-            or (seconds is not None and time.monotonic() - self._last >= seconds)
-        )
-
-
-class Spent:
+class Tally:
     """The seconds of a run's rows, each counted from the row before, so that they come to those of the loop."""
 
     def __init__(self, first_step: int) -> None:
