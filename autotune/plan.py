@@ -56,6 +56,8 @@ class Workload(Fact):
     loss_head: LossHead
     attention: str
     compile: Switch
+    deterministic: Switch
+    """Kernels that add in one order alone: on a card a run goes on to the bit by them."""
     cpu_allocator: CpuAllocator
     tokenizer_fingerprint: str | None
     data_fingerprint: str | None

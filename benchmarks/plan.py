@@ -199,6 +199,7 @@ def workload(case: Case, name: str, model: Any) -> Workload:
             "optimizer": "adamw", "gradient_checkpointing": case.checkpointing, "frozen": case.frozen, "dropout": None,
             "layout": case.layout, "starting_tokens": 256, "loss_head": "full", "attention": attention,
             "compile": "off",
+            "deterministic": "off",
             "cpu_allocator": "tight", "tokenizer_fingerprint": None, "data_fingerprint": None,
         }
     )  # fmt: skip

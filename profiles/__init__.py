@@ -92,6 +92,11 @@ class Settings:
     )
     weight_decay: float = _setting(0.1, "Training", "Weight decay, of matrices alone.")
     clip: float = _setting(1.0, "Training", "Largest gradient norm; 0 does not clip.")
+    deterministic: Literal["off", "on"] = _setting(
+        "off",
+        "Training",
+        "Kernels that add in one order alone, so that a run on a card goes on to the bit; slower there. A processor's do.",
+    )
     optimizer: Literal["adamw", "adafactor"] = _setting(
         "adamw", "Training", "adafactor keeps squared gradients by rows and columns: 8 bytes a parameter less to hold."
     )

@@ -48,6 +48,7 @@ def workload(**changes: Any) -> Workload:
         "loss_head": "full",
         "attention": "sdpa",
         "compile": "off",
+        "deterministic": "off",
         "cpu_allocator": "fast",
         "tokenizer_fingerprint": "5f0c",
         "data_fingerprint": "a91b",

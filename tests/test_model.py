@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +248,13 @@ def test_a_model_that_takes_no_mask_of_ours_is_known_before_it_is_trained(tmp_pa
     facts = summarise(str(tmp_path), None, None)
     assert not facts.packs
     assert facts.window is None
+
+
+def test_deterministic_kernels_are_asked_for_where_cublas_and_torch_look() -> None:
+    """In a process of its own: there is no way back."""
+    program = (
+        "import os, torch; from trainer.model import make_deterministic; make_deterministic();"
+        "assert torch.are_deterministic_algorithms_enabled();"
+        "assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

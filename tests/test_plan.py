@@ -245,6 +245,7 @@ def test_the_keys_of_the_other_sections_are_there_whatever_else_is() -> None:
         "loss_head",
         "attention",
         "compile",
+        "deterministic",
         "cpu_allocator",
         "tokenizer_fingerprint",
         "data_fingerprint",

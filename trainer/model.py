@@ -258,6 +258,15 @@ def build_for(workload: Workload, ids: TokenIds | None, device: torch.device, *,
     return built.to(device) if weights else built
 
 
+def make_deterministic() -> None:
+    """Have torch take kernels that add in one order alone; raises where an operator has none, in the first step.
+
+    cuBLAS reads its workspace when it is first used (NVIDIA, cuBLAS documentation, "Results Reproducibility").
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+
+
 def _load_weights(auto: Any, workload: Workload, config: Any) -> Any:
     """Load a checkpoint whole; raises ConfigurationError for weights that are damaged, missing or of another shape."""
     try:

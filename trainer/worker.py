@@ -24,7 +24,7 @@ import torch
 
 from autotune.errands import ERRAND, Dry, Errand, Follow, Preprocess, Trace, Train
 from autotune.errors import ConfigurationError, DataError, MachineError, UserError
-from autotune.plan import Device
+from autotune.plan import Device, Workload
 from trainer.attention import attention_of_processors
 from trainer.board import Board
 from trainer.compiled import is_compile_error
@@ -33,6 +33,7 @@ from trainer.dry import take_dry_steps
 from trainer.fingerprints import Hashing
 from trainer.loop import train
 from trainer.memory import first_line, is_memory_error
+from trainer.model import make_deterministic
 from trainer.ranks import ALONE, PeerLostError, Ranks, join
 from trainer.rows import RowFile
 from trainer.ties import ERRAND_FILE, LOST_A_PEER, die_with_parent
@@ -126,6 +127,8 @@ def _train_together(errand: Train | Follow, events: Events) -> None:
     try:
         with join(device, errand.backend, errand.heartbeat_seconds, lost) as ranks:
             told = Train.model_validate_json(ranks.tell(errand.model_dump_json(by_alias=True)))
+            if isinstance(errand, Follow) and told.plan.workload.deterministic == "on":
+                make_deterministic()
             if ranks.any(told.data_contents != errand.data_contents)[0]:
                 raise DataError("the ranks do not have the same data", "give each machine the same files")
             if ranks.leads:
@@ -190,6 +193,10 @@ class _Stop:
         return self._asked
 
 
+def _workload(errand: Dry | Train) -> Workload:
+    return errand.workload if isinstance(errand, Dry) else errand.plan.workload
+
+
 def _device(errand: Dry | Train | Follow) -> Device:
     return errand.plan.hardware.device if isinstance(errand, Train) else errand.device
 
@@ -200,6 +207,8 @@ def _prepare_device(errand: Dry | Train | Follow) -> None:
             f"this plan is for a GPU, and torch {torch.__version__} finds none that it can use",
             "install a torch build with CUDA, or hide the GPU with CUDA_VISIBLE_DEVICES= to train on the processor",
         )
+    if not isinstance(errand, Follow) and _workload(errand).deterministic == "on":
+        make_deterministic()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
 
 

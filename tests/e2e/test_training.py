@@ -129,9 +129,11 @@ def test_a_size_that_was_given_is_kept_and_the_effective_batch_reached(
     tmp_path: Path, dialogues: Path, chatlm: CommandRunner
 ) -> None:
     done = chatlm("train", "--batch-size-per-gpu", 3, "--layout", "fixed", "--data", dialogues, *SHORT,
-                  "--output-dir", "run")  # fmt: skip
+                  "--deterministic", "on", "--output-dir", "run")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    batching = json.loads((tmp_path / "run" / "plan.json").read_text())["batching"]
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["workload"]["deterministic"] == "on"
+    batching = plan["batching"]
     assert (batching["micro_batch_size"], batching["effective_batch_size"]) == (3, 7)
     assert batching["limited_by"] == "user"
     assert [row["micro_batches"] for row in metrics(tmp_path / "run")] == [3, 3, 3, 1]
