@@ -95,7 +95,7 @@ class Settings:
     deterministic: Literal["off", "on"] = _setting(
         "off",
         "Training",
-        "Kernels that add in one order alone: on a card a run goes on to the bit by them, slower. A processor's always do.",
+        "Kernels that add in one order alone: on a card a run goes on to the bit by them; a processor's always do.",
     )
     optimizer: Literal["adamw", "adafactor"] = _setting(
         "adamw", "Training", "adafactor keeps squared gradients by rows and columns: 8 bytes a parameter less to hold."
