@@ -25,7 +25,7 @@ def hold(folder: Path) -> Iterator[int]:
     Raises RunExistsError where another run has it, naming its process, and MachineError where it cannot be made. A
     folder in which nothing was left goes again.
     """
-    made = not folder.exists()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = _locked(folder / LOCK)
@@ -41,9 +41,9 @@ def hold(folder: Path) -> Iterator[int]:
         finally:
             with suppress(OSError):  # Windows keeps what is open
                 (folder / LOCK).unlink()
-            if made:
-                with suppress(OSError):  # where something was left
-                    folder.rmdir()
+            with suppress(OSError):  # where something was left
+                for place in made:
+                    place.rmdir()
 
 
 def _locked(path: Path) -> IO[str]:

@@ -112,7 +112,7 @@ class Parrot:
         self._unanswered = unanswered
         self.most: list[int] = []
 
-    def generate(self, _model: Any, prompts: list[list[int]], most: list[int]) -> list[list[int] | None]:
+    def generate(self, _model: Any, prompts: list[list[int]], most: list[int], _stop: Any) -> list[list[int] | None]:
         self.most = most
         return [None if i < self._unanswered else self._references[i] for i in range(len(prompts))]
 

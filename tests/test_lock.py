@@ -55,9 +55,12 @@ def test_of_many_that_start_at_once_exactly_one_holds(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_was_made_for_nothing_goes_again_and_one_that_cannot_be_made_is_told(tmp_path: Path) -> None:
-    with hold(tmp_path / "run"):
+    with hold(tmp_path / "runs" / "one"):
         pass
-    assert not (tmp_path / "run").exists()
+    assert list(tmp_path.iterdir()) == []
+    with hold(tmp_path / "runs" / "one"):
+        (tmp_path / "runs" / "one" / "kept").touch()
+    assert (tmp_path / "runs" / "one" / "kept").exists()
     (tmp_path / "file").touch()
     with pytest.raises(MachineError, match=r"Not a directory|File exists"), hold(tmp_path / "file" / "run"):
         pass

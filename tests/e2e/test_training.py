@@ -276,8 +276,8 @@ def test_stopped_or_killed_and_resumed_by_the_command_that_is_told_it_is_the_sam
     tmp_path: Path, dialogues: Path, chatlm_environment: dict[str, str], chatlm: CommandRunner
 ) -> None:
     """SIGTERM, SIGUSR1, then signal 9 to all of it: the losses of what remains are those of a run left alone."""
-    more = ("--epochs", "30", "--save-every", "5", "--samples", "0")
-    done = chatlm("train", "--data", dialogues, *FIXED, *more, "--output-dir", "whole")
+    more = (*map(str, FIXED), "--epochs", "30", "--save-every", "5", "--samples", "0")
+    done = chatlm("train", "--data", dialogues, *more, "--output-dir", "whole")
     assert done.returncode == 0, done.stderr
     process = started(tmp_path, chatlm_environment, 3, *more)
     process.send_signal(signal.SIGTERM)
@@ -308,7 +308,7 @@ def test_stopped_or_killed_and_resumed_by_the_command_that_is_told_it_is_the_sam
 def test_one_run_at_a_time_in_a_folder_and_a_second_ctrl_c_ends_it_at_once_and_harms_nothing(
     tmp_path: Path, dialogues: Path, chatlm_environment: dict[str, str], chatlm: CommandRunner
 ) -> None:
-    process = started(tmp_path, chatlm_environment, 9, "--epochs", "100000", "--save-every", "2")
+    process = started(tmp_path, chatlm_environment, 9, *map(str, FIXED), "--epochs", "100000", "--save-every", "2")
     again = ("train", "--data", dialogues, *FIXED, "--max-steps", 12, "--output-dir", "run", "--resume")
     second = chatlm(*again)
     assert second.returncode == 5
@@ -326,7 +326,9 @@ def test_one_run_at_a_time_in_a_folder_and_a_second_ctrl_c_ends_it_at_once_and_h
 def test_killed_before_the_first_checkpoint_it_begins_anew_and_says_so(
     tmp_path: Path, dialogues: Path, chatlm_environment: dict[str, str], chatlm: CommandRunner
 ) -> None:
-    process = started(tmp_path, chatlm_environment, 2, "--epochs", "100000", "--save-every", "1000000")
+    process = started(
+        tmp_path, chatlm_environment, 2, *map(str, FIXED), "--epochs", "100000", "--save-every", "1000000"
+    )
     for child in psutil.Process(process.pid).children(recursive=True):
         child.kill()
     _, err = process.communicate(timeout=60)
