@@ -96,14 +96,14 @@ def check_host(hardware: Hardware, workload: Workload, trial: Trial) -> None:
     Every rank holds what a worker held, and the first one the weights once more while it saves them. A card that shares
     the host's memory holds its own there too.
     """
-    ranks = hardware.world_size * (trial.host_peak_bytes or 0)
+    ranks = hardware.local_world_size * (trial.host_peak_bytes or 0)
     saving = 4 * workload.parameters
     shared = trial.peak_bytes or 0 if hardware.device_memory_total_bytes == hardware.host_memory_total_bytes else 0
     needed, budget = ranks + saving + shared, host_budget(hardware)
     if hardware.device == "cuda" and needed > budget:
         raise NothingFitsError(
             f"training holds {needed / GIB:.2f} GiB of host memory ({ranks / GIB:.2f} GiB for "
-            f"{hardware.world_size} ranks, {saving / GIB:.2f} GiB to save the weights"
+            f"{hardware.local_world_size} ranks here, {saving / GIB:.2f} GiB to save the weights"
             + f", {shared / GIB:.2f} GiB of the card's"
             * (shared > 0)
             + f"), and the budget there is {budget / GIB:.2f} GiB ({hardware.host_memory_available_bytes / GIB:.2f} "

@@ -12,8 +12,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, TypeAdapter
 
-from autotune.plan import Device, Fact, Layout, Plan, Precision, Stage, Task, Timed, Timing, Traced, Workload
+from autotune.plan import Backend, Device, Fact, Layout, Plan, Precision, Stage, Task, Timed, Timing, Traced, Workload
 
+LOST_A_PEER = 76
+"""Exit code of a worker that failed for want of another rank: EX_PROTOCOL of sysexits.h."""
 DRY_MICRO_BATCHES = 2
 """Micro-batches in a dry step: the second one meets resident gradients, as all but the first do in training."""
 DRY_LENGTHS = (1.0, 0.5, 1.0, 1.0)
@@ -176,6 +178,9 @@ class Dry(Fact):
     workload: Workload
     device: Device
     micro_batch_size: PositiveInt
+    ranks: PositiveInt
+    """That take these steps at the same time on this machine, and add their gradients."""
+    backend: Backend | None
     verify: bool
     """Whether to take all dry steps, or those that tell where to look."""
     budget_bytes: int
@@ -187,7 +192,7 @@ class Dry(Fact):
 
 
 class DryReport(Fact):
-    """The answer to `Dry`: bytes by phase, seconds by step."""
+    """The answer to `Dry`: bytes by phase, seconds by step; of several ranks the most that any of them took."""
 
     verified: bool
     """Whether all dry steps were taken."""
@@ -267,8 +272,7 @@ class Train(Fact):
     """Hash of the samples (`DataSummary.contents`)."""
     saving: Saving
     resume: Resume | None
-    backend: Literal["gloo", "nccl"] | None
-    """What carries gradients between ranks; None: nccl between cards, else gloo."""
+    backend: Backend | None
     heartbeat_seconds: Annotated[float, Field(gt=0)]
     """Without a sign of life of a rank, after which all end."""
     tensorboard: bool
@@ -285,7 +289,7 @@ class Follow(Fact):
     tokenizer_dir: str
     data_contents: str
     """As in `Train`: ranks that were given other data train nothing."""
-    backend: Literal["gloo", "nccl"] | None
+    backend: Backend | None
     heartbeat_seconds: Annotated[float, Field(gt=0)]
 
 

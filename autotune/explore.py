@@ -11,7 +11,7 @@ from autotune.batching import balanced_size
 from autotune.errands import Dry, Excerpt, TraceReport
 from autotune.evidence import Explored, MemoryModel, fit
 from autotune.measure import TIME_LIMIT_SECONDS
-from autotune.plan import CpuAllocator, Hardware, Layout, Trial, Workload
+from autotune.plan import Backend, CpuAllocator, Hardware, Layout, Trial, Workload
 from autotune.search import bracket, largest_predicted, largest_safe, next_size, sizes_to_trace
 
 SMALLER_SIZES = 4
@@ -67,6 +67,7 @@ class Exploration:
     budget_bytes: int
     sizes: Sequence[int]
     """Worth trying, rising; the last one is a rank's whole share."""
+    backend: Backend | None
     timing: Timing | None
     measuring: Measuring
     report: TraceReport = NOT_TRACED
@@ -165,6 +166,8 @@ class Exploration:
             workload=self.workload,
             device=self.hardware.device,
             micro_batch_size=rows,
+            ranks=self.hardware.local_world_size,
+            backend=self.backend,
             verify=verify,
             budget_bytes=self.budget_bytes,
             limit_bytes=self.limit_bytes,

@@ -154,6 +154,7 @@ def _tie(look: Look, world_size: int, output_dir: Path) -> Hardware:
         device="cuda" if card else "cpu",
         device_name=card.name if card else name_processor(cpuinfo),
         world_size=world_size,
+        local_world_size=world_size,
         device_memory_total_bytes=own.total_bytes if own else host.total_bytes,
         device_memory_free_bytes=own.free_bytes if own else host.available_bytes,
         host_memory_total_bytes=host.total_bytes,

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from autotune.cards import free_card_bytes
 from autotune.errands import Dry, DryReport, Trace, TraceReport
 from autotune.plan import CpuAllocator, Hardware, Outcome, Trial, Workload
-from autotune.process import Worker, WorkerCrashedError, ask, held_bytes
+from autotune.process import Worker, WorkerCrashedError, ask
 
 TIME_LIMIT_SECONDS = 600.0
 GIVEN_BACK_SECONDS = 10.0
@@ -61,7 +61,7 @@ class Workers:
 
     def stand_by(self, hardware: Hardware, allocator: CpuAllocator) -> None:
         """Start a worker for dry steps that will be asked for later: its imports take longer than many a trial."""
-        self._standing_by.append(Worker(hardware.cores, allocator))
+        self._standing_by.append(Worker(hardware.cores, allocator, ranks=hardware.local_world_size))
 
     def trace_sizes(
         self, workloads: Sequence[Workload], hardware: Hardware, micro_batch_sizes: tuple[int, ...]
@@ -91,19 +91,19 @@ def try_size(
     time_limit_seconds: float | None = TIME_LIMIT_SECONDS,
     worker: Worker | None = None,
 ) -> Trial:
-    """Take the dry steps of one size, by this worker or a new one, and say what happened.
+    """Take the dry steps of one size, by this worker or a new one, and say what happened; all local ranks take them.
 
     A worker that holds more than the limit on a processor is ended before the system's own killer has to. Death by
     signal 9 is the fact "does not fit". Raises WorkerCrashedError for any other death: that is a bug, not a size.
     """
     report: DryReport | None = None
     outcome: Outcome | None = None
-    message = ""
-    with worker or Worker(hardware.cores, errand.workload.cpu_allocator) as worker:
+    message, was_killed = "", False
+    with worker or Worker(hardware.cores, errand.workload.cpu_allocator, ranks=errand.ranks) as worker:
         worker.give(errand)
         for event in worker.poll():
             if event is None:
-                if hardware.device == "cpu" and (held := held_bytes(worker.process_id)) > errand.limit_bytes:
+                if hardware.device == "cpu" and (held := worker.held_bytes()) > errand.limit_bytes:
                     outcome, message = "out_of_memory", f"held {held / GIB:.2f} GiB when it was stopped"
                 elif time_limit_seconds is not None and worker.seconds > time_limit_seconds:
                     outcome, message = "timed_out", f"not done after {time_limit_seconds:.0f} s"
@@ -114,8 +114,10 @@ def try_size(
                 report = _report(event)
             elif event["event"] == "out_of_memory":
                 outcome, message = "out_of_memory", str(event["message"])
+            elif event["event"] == "rank_failed":
+                was_killed = event["exit_code"] == -9
         if outcome is None and report is None:
-            if not worker.was_killed:
+            if not (was_killed or worker.was_killed):
                 raise WorkerCrashedError(
                     f"the dry step of {errand.micro_batch_size} rows ended with exit code {worker.exit_code}:\n"
                     + worker.last_words()

@@ -21,6 +21,7 @@ LossHead = Literal["full", "chunked"]
 Optimizer = Literal["adamw", "adafactor"]
 CpuAllocator = Literal["fast", "tight"]
 Switch = Literal["on", "off"]
+Backend = Literal["gloo", "nccl"]
 LimitedBy = Literal["memory", "effective_batch", "speed", "data", "user"]
 Outcome = Literal["completed", "out_of_memory", "killed", "timed_out"]
 
@@ -94,6 +95,8 @@ class Request(Fact):
     memory_limit_bytes: int | None
     headroom: float | None
     """Bytes from 1 on, below 1 a share of the limit, None the default."""
+    backend: Backend | None
+    """What carries gradients between ranks; None: nccl between cards, else gloo."""
     offline: bool
     """Whether what is remembered holds without a look at the machine."""
 
@@ -114,6 +117,8 @@ class Hardware(Fact):
     device: Device
     device_name: str
     world_size: PositiveInt
+    local_world_size: PositiveInt
+    """Ranks on this machine, each on a device of its own, or on its share of the processor."""
     device_memory_total_bytes: int
     device_memory_free_bytes: int
     """What one more process may take on the device: the same as `host_memory_available_bytes` on a CPU, and on a

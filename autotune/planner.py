@@ -126,6 +126,7 @@ class Planner:
             limit_bytes=self.budget.limit_bytes,
             budget_bytes=round(self.budget.budget_bytes / (1 + DRIFT[self._hardware.device])),
             sizes=self._inputs.sizes,
+            backend=self._request.backend,
             timing=timing,
             measuring=self._measuring,
         )

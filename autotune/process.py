@@ -81,6 +81,8 @@ class Worker:
         ranks: int = 1,
     ) -> None:
         self.allocator, self._own_log = allocator, log is None
+        self._processes = 1 if ranks == 1 else 1 + ranks
+        self._process_ids: list[int] = []
         self._log: IO[bytes] = log or TemporaryFile()  # noqa: SIM115 # closed when the worker is left
         environment = {
             **os.environ,
@@ -165,6 +167,15 @@ class Worker:
     def process_id(self) -> int:
         """The worker's process."""
         return self._process.pid
+
+    def held_bytes(self) -> int:
+        """Return the most that it, or any of its ranks, holds."""
+        if len(self._process_ids) < self._processes:
+            self._process_ids = [self._process.pid]
+            if self._processes > 1:
+                with contextlib.suppress(psutil.Error):
+                    self._process_ids += [child.pid for child in psutil.Process(self._process.pid).children()]
+        return max(map(held_bytes, self._process_ids))
 
     @property
     def seconds(self) -> float:

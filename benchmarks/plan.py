@@ -298,8 +298,8 @@ def bisect(work: Workload, hardware: Hardware, budget: int, limit: int) -> tuple
     def trial(rows: int) -> Trial:
         return try_size(
             Dry(
-                workload=work, device=hardware.device, micro_batch_size=rows, verify=True, budget_bytes=limit,
-                limit_bytes=limit, excerpt=None,
+                workload=work, device=hardware.device, micro_batch_size=rows, ranks=1, backend=None, verify=True,
+                budget_bytes=limit, limit_bytes=limit, excerpt=None,
             ),
             hardware,
         )  # fmt: skip

@@ -84,6 +84,11 @@ def plan_command(
         return
     if gpu is None and gpus > 1:
         raise ConfigurationError("--gpus and --nodes count cards that are named", "give --gpu CARD too")
+    if gpu is not None and resolved.settings.ranks > 1:
+        raise ConfigurationError(
+            f"--ranks {resolved.settings.ranks}, and ranks are as many as there are of a card that is named",
+            f"give --gpus {resolved.settings.ranks} in place of --ranks",
+        )
     if compare and varied:
         raise ConfigurationError("--compare and --vary are two tables", "give one of them")
     imagined = imagine_hardware(gpu, gpus, Path(resolved.settings.output_dir or ".")) if gpu else None
@@ -326,6 +331,10 @@ def _read_hardware(settings: Settings) -> Hardware:
         hardware = among.share_out(hardware)
     for note in hardware.notes:
         warn(note)
+    if settings.backend == "nccl" and hardware.device == "cpu":
+        raise ConfigurationError(
+            "--backend nccl is for cards, and this trains on a processor", "leave it out, or give gloo"
+        )
     return hardware
 
 

@@ -30,7 +30,9 @@ def hold(folder: Path) -> Iterator[int]:
         folder.mkdir(parents=True, exist_ok=True)
         file = _locked(folder / LOCK)
     except OSError as error:
-        raise MachineError(f"{folder}: {error.strerror}", "give an --output-dir that can be written") from None
+        raise MachineError(
+            f"{folder}: {error.strerror}", "give an --output-dir that can be written and locked"
+        ) from None
     with file:
         file.seek(0)
         file.truncate()

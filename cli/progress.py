@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -56,6 +57,10 @@ def resumed_lines(row: Metrics) -> list[str]:
     how = "its weights alone" if row["weights_only"] else f"step {row['step']}"
     lines = [f"{name}, so it is passed over" for name in row["damaged"]]
     lines.append(f"going on from {row['checkpoint']}, {how}: {gib(row['verified_bytes'])} verified to the byte")
+    if row["given_up"]:
+        lines.append(
+            f"later checkpoints were moved aside, to {Path(row['given_up'][0]).parent}: {len(row['given_up'])}"
+        )
     if row["changed"]:
         lines.append(f"changed since it was saved: {', '.join(row['changed'])}")
     if not row["same_plan"]:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Literal
 
 import typer
 
-from autotune.errands import Follow, Preprocessed, Train
-from autotune.errors import ConfigurationError, MachineError, NothingFitsError, UserError
+from autotune.errands import LOST_A_PEER, Follow, Preprocessed, Train
+from autotune.errors import MachineError, NothingFitsError, UserError
 from autotune.hardware import count_memory_kills, read_host_memory
 from autotune.plan import Hardware, Plan
 from autotune.process import Event, Worker, WorkerCrashedError
@@ -21,13 +20,11 @@ from cli.render.console import say
 from cli.render.run import print_run
 from cli.render.units import gib
 from cli.runs import RunPlace
-from cli.wiring import make_recipe, make_saving
+from cli.wiring import choose_backend, make_recipe, make_saving
 from profiles import Settings
 
 ENDINGS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, n)]
 """Signals after which a run is saved: a queue that wants its machine back sends SIGUSR1, a closed terminal SIGHUP."""
-LOST_A_PEER = 76
-"""What a rank ends with that failed for want of another."""
 STOPPED = 75
 """Exit code of a run that can go on: EX_TEMPFAIL of sysexits.h."""
 
@@ -75,7 +72,7 @@ def train(job: Job, run: RunPlace, lock: int, going: Going) -> None:
         data_contents=facts.data.contents,
         saving=make_saving(job.settings),
         resume=run.resume,
-        backend=_backend(job.settings, job.hardware),
+        backend=choose_backend(job.settings),
         heartbeat_seconds=job.settings.heartbeat,
         tensorboard=job.settings.report_to == "tensorboard",
     )
@@ -118,7 +115,7 @@ def follow(settings: Settings, facts: Preprocessed, hardware: Hardware) -> None:
         validation_store=facts.validation.store if facts.validation else None,
         tokenizer_dir=facts.tokenizer_dir,
         data_contents=facts.data.contents,
-        backend=_backend(settings, hardware),
+        backend=choose_backend(settings),
         heartbeat_seconds=settings.heartbeat,
     )
     with Worker(hardware.cores) as worker, _signals_to(worker, quietly=True):
@@ -127,14 +124,6 @@ def follow(settings: Settings, facts: Preprocessed, hardware: Hardware) -> None:
             pass
         if worker.exit_code:
             raise _ended(worker.exit_code, worker)
-
-
-def _backend(settings: Settings, hardware: Hardware) -> Literal["gloo", "nccl"] | None:
-    if settings.backend == "nccl" and hardware.device == "cpu":
-        raise ConfigurationError(
-            "--backend nccl is for cards, and this trains on a processor", "leave it out, or give gloo"
-        )
-    return None if settings.backend == "auto" else settings.backend
 
 
 def _ended(code: int, worker: Worker, rank: str = "the worker ") -> Exception:

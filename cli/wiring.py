@@ -12,7 +12,7 @@ from autotune.batching import STARTING_TOKENS, balanced_cuts, largest_share
 from autotune.errands import Preprocess, Preprocessed, Recipe, Saving
 from autotune.errors import ConfigurationError
 from autotune.inputs import PlanInputs
-from autotune.plan import Hardware, Plan, Request, Workload
+from autotune.plan import Backend, Hardware, Plan, Request, Workload
 from cli.choices import choose_layout, choose_loss_head, choose_precision, has_compiler, step_limits
 from profiles import Resolved, Settings, parse_bytes, parse_every, parse_headroom
 
@@ -133,10 +133,16 @@ def make_request(resolved: Resolved, world_size: int, *, search: bool, offline: 
         checkpointing="auto" if settings.gradient_checkpointing == "auto" else "given",
         layout="auto" if settings.layout == "auto" else "given",
         compile="auto" if settings.compile == "auto" and has_compiler() else "given",
+        backend=choose_backend(settings),
         offline=offline,
         memory_limit_bytes=limit,
         headroom=headroom,
     )
+
+
+def choose_backend(settings: Settings) -> Backend | None:
+    """Return what was asked to carry gradients between ranks; None where the devices decide."""
+    return None if settings.backend == "auto" else settings.backend
 
 
 def memory_wishes(settings: Settings) -> tuple[int | None, float | None]:

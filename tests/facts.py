@@ -62,6 +62,7 @@ def hardware(**changes: Any) -> Hardware:
         "device": "cuda",
         "device_name": "NVIDIA GeForce RTX 3080",
         "world_size": 2,
+        "local_world_size": 2,
         "device_memory_total_bytes": 20 * GIB,
         "device_memory_free_bytes": 20 * GIB - 512 * MIB,
         "host_memory_total_bytes": 64 * GIB,
@@ -83,6 +84,7 @@ def processor(**changes: Any) -> Hardware:
         "device": "cpu",
         "device_name": "AMD EPYC 7763",
         "world_size": 1,
+        "local_world_size": 1,
         "device_memory_total_bytes": 16 * GIB,
         "device_memory_free_bytes": 3 * GIB,
         "host_memory_total_bytes": 16 * GIB,
@@ -104,6 +106,7 @@ def request(**changes: Any) -> Request:
         "compile": "given",
         "memory_limit_bytes": None,
         "headroom": None,
+        "backend": None,
         "offline": False,
     }
     return Request.model_validate(facts | changes)

@@ -78,6 +78,11 @@ def run(errand: Train, stop: Callable[[Rows], bool] = lambda rows: False, ranks:
     return rows
 
 
+def stopping_at(step: int) -> Any:
+    """A wish that is there when this step is done, or while the one before is evaluated."""
+    return lambda rows: len(of_kind(rows, "train")) + len(of_kind(rows, "resumed")) * rows[0]["step"] >= step - 1
+
+
 def of_kind(rows: Rows, kind: str) -> Rows:
     return [row for row in rows if kind in (row["kind"], row.get("event"))]
 

@@ -16,8 +16,9 @@ import torch
 from tiny_models import build, workload
 
 from autotune.errors import ConfigurationError, MachineError
-from trainer import checkpoint
-from trainer.checkpoint import DamagedError, Identity, Origin, find, restore, save, verify
+from trainer import checkpoint, manifest
+from trainer.checkpoint import restore, save
+from trainer.manifest import DamagedError, Identity, Origin, find, verify
 from trainer.progress import Best, Progress, Watch
 from trainer.step import TrainState, start
 
@@ -196,10 +197,10 @@ def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
     saved(tmp_path, 5)
     found = find(tmp_path)
     assert found is not None
-    checkpoint.check_identity(found, IDENTITY)
+    manifest.check_identity(found, IDENTITY)
     for field, value in {"data": "d2", "tokenizer": None, "effective_batch_size": 9, "frozen": ("encoder",)}.items():
         with pytest.raises(ConfigurationError, match=f"another {field.replace('_', ' ')}") as error:
-            checkpoint.check_identity(found, IDENTITY.model_copy(update={field: value}))
+            manifest.check_identity(found, IDENTITY.model_copy(update={field: value}))
         assert "--resume-weights-only" in error.value.hint
     checkpoint.check_model(found.folder, build("llama"))
     with pytest.raises(ConfigurationError, match=r"of another model: \d+ of its weights differ, first"):

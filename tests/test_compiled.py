@@ -53,8 +53,8 @@ def test_where_nothing_compiles_it_is_said_with_what_is_needed(monkeypatch: pyte
     monkeypatch.setenv("CXX", "/bin/false")
     monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
     work = workload("llama", model="tiny", vocabulary_size=300, compile="on")
-    errand = Dry(workload=work, device="cpu", micro_batch_size=2, verify=True, budget_bytes=8 * GIB,
-        limit_bytes=8 * GIB, excerpt=None)  # fmt: skip
+    errand = Dry(workload=work, device="cpu", micro_batch_size=2, ranks=1, backend=None, verify=True,
+        budget_bytes=8 * GIB, limit_bytes=8 * GIB, excerpt=None)  # fmt: skip
     with pytest.raises(ConfigurationError, match="does not compile here") as error:
         try_size(errand, facts.hardware(device="cpu"))
     assert "--compile" in str(error.value.hint)

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -36,11 +37,14 @@ def errand(
     excerpt: Excerpt | None = None,
     verify: bool = True,
     budget_bytes: int = 8 * GIB,
+    ranks: int = 1,
 ) -> Dry:
     return Dry(
         workload=work,
         device="cpu",
         micro_batch_size=rows,
+        ranks=ranks,
+        backend=None,
         verify=verify,
         budget_bytes=budget_bytes,
         limit_bytes=limit_bytes,
@@ -79,6 +83,33 @@ def test_a_size_that_fits_tells_peaks_and_times(plain: Trial) -> None:
     assert [t.padded_tokens for t in trial.timings] == [round(8 * 128 * share) for share in DRY_LENGTHS]
     assert trial.seconds > 2 * sum(t.seconds for t in trial.timings)
     assert trial.predicted_peak_bytes == 5
+
+
+def test_local_ranks_take_the_steps_together_and_the_weakest_is_told(plain: Trial, store: str) -> None:
+    excerpt = Excerpt(store=store, seed=42, share=16, sizes=(8, 2), layouts=())
+    trial = try_size(errand(8, excerpt=excerpt, ranks=2), PROCESSOR)
+    assert trial.completed
+    assert trial.verified
+    assert plain.peak_bytes is not None
+    assert trial.peak_bytes == pytest.approx(plain.peak_bytes, rel=0.1), "that of one rank"
+    assert trial.peak_bytes == max(trial.phases.values())
+    assert [t.padded_tokens for t in trial.timings] == [round(8 * 128 * share) for share in DRY_LENGTHS]
+    assert [one.rows for one in trial.timed] == [8, 2]
+    assert _workers() == []
+
+
+def test_where_one_of_the_ranks_dies_the_size_does_not_fit() -> None:
+    trials: list[Trial] = []
+    thread = threading.Thread(target=lambda: trials.append(try_size(errand(8, ranks=2), PROCESSOR)))
+    thread.start()
+    while len(ranks := _workers(recursive=True)) < 2:
+        time.sleep(0.01)
+    os.kill(ranks[1], signal.SIGKILL)
+    thread.join()
+    assert trials[0].outcome == "killed"
+    held = try_size(errand(8, limit_bytes=2**20, ranks=2), PROCESSOR)
+    assert (held.outcome, "when it was stopped" in held.message) == ("out_of_memory", True)
+    assert _workers(recursive=True) == []
 
 
 def test_real_samples_are_timed_at_each_size_in_turn(on_samples: Trial, plain: Trial) -> None:
@@ -128,8 +159,12 @@ def test_a_worker_that_stands_by_takes_the_next_dry_steps_and_none_is_left() -> 
     assert _workers() == []
 
 
-def _workers() -> list[int]:
-    return [child.pid for child in psutil.Process().children() if "trainer.worker" in child.cmdline()]
+def _workers(*, recursive: bool = False) -> list[int]:
+    found = []
+    for child in psutil.Process().children(recursive=recursive):
+        with suppress(psutil.NoSuchProcess):
+            found += [child.pid] if "trainer.worker" in child.cmdline() else []
+    return found
 
 
 def test_more_rows_hold_more(many_rows: Trial, on_samples: Trial) -> None:

@@ -9,10 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import facts
 import pytest
+from injected import Shortage
 from small_runs import Rows, evaluations, going_on, losses, of_kind, run, small_errand, weights
 
 from autotune.errands import Follow, Train
@@ -25,16 +29,24 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 import torch
 from autotune.errands import ERRAND
-from small_runs import of_kind, run
+from injected import Shortage, run_while
+from small_runs import going_on, of_kind, run, stopping_at
 from trainer.ranks import join
 
 torch.set_num_threads(1)
 with join(torch.device("cpu"), "gloo", 60.0, print) as ranks:
     for line in Path(sys.argv[1]).read_text().splitlines():
-        rows = run(ERRAND.validate_json(line), ranks=ranks)
+        errand, struck, resumed_at = json.loads(line)
+        errand, rows = ERRAND.validate_python(errand), []
+        if resumed_at:
+            rows = run(errand, stopping_at(resumed_at), ranks)
+            errand = going_on(errand)
+        shortage = Shortage(**struck)
+        rows += run_while(errand, shortage.on(ranks.rank, rows), ranks)
         if ranks.leads:
             print(json.dumps(rows), flush=True)
 """
+NOTHING = Shortage("forward", 0, ())
 
 
 def free_port() -> int:
@@ -43,10 +55,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_together(errands: list[Train], world_size: int, folder: Path) -> list[Rows]:
-    """Train errands one after another on so many gloo ranks; return the rows of the first rank."""
+def run_together(
+    errands: list[Train], world_size: int, folder: Path, struck: Sequence[tuple[Shortage, int]] = ()
+) -> list[Rows]:
+    """Train errands one after another on so many gloo ranks; return the rows of the first rank.
+
+    `struck` is what each meets, and after how many steps it was stopped, and resumed, before.
+    """
     file = folder / f"errands-{world_size}"
-    file.write_text("\n".join(errand.model_dump_json(by_alias=True) for errand in errands))
+    lines = [
+        json.dumps([errand.model_dump(mode="json", by_alias=True), asdict(shortage), resumed_at])
+        for errand, (shortage, resumed_at) in zip(errands, struck or [(NOTHING, 0)] * len(errands), strict=True)
+    ]
+    file.write_text("\n".join(lines))
     program = PROGRAM.format(tests=str(Path(__file__).parent))
     common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
@@ -92,6 +113,30 @@ def test_ranks_give_the_losses_of_one_whatever_the_batch_and_whoever_has_no_samp
         assert [row["loss"] for row in of_kind(rows, "validation")] == pytest.approx(
             [row["loss"] for row in of_kind(alone, "validation")], rel=1e-5
         )
+        assert rows[-1]["event"] == "finished"
+
+
+def test_where_one_rank_has_no_room_all_take_the_step_again_with_the_same_samples(tmp_path: Path) -> None:
+    """In forward, backward, evaluation, the sum of gradients and a save; on the first, on the other, on both."""
+    whole = small_errand(tmp_path, "llama", effective_batch_size=16, micro_batch_size=8, dropout=0.0, layout="fixed",
+                         eval_every=4, saving=facts.saving(every_steps=3))  # fmt: skip
+    alone = run(whole)
+    struck = [
+        (Shortage("forward", 0, (1,)), 0),
+        (Shortage("backward", 3, (0,)), 0),
+        (Shortage("evaluation", 3, (1,)), 0),
+        (Shortage("sum", 2, (1,)), 0),
+        (Shortage("sum", 5, (0, 1)), 3),
+        (Shortage("save", 2, (0,)), 0),
+    ]
+    errands = [whole.model_copy(update={"output_dir": str(tmp_path / f"struck-{i}")}) for i in range(len(struck))]
+    for (shortage, _), rows in zip(struck, run_together(errands, 2, tmp_path, struck), strict=True):
+        told = of_kind(rows, "save_failed" if shortage.where == "save" else "out_of_memory")
+        assert told, shortage
+        for kind in ("train", "validation"):
+            for name in ("loss", "samples"):
+                got, expected = ([row[name] for row in of_kind(r, kind)] for r in (rows, alone))
+                assert got == pytest.approx(expected, rel=1e-5), shortage
         assert rows[-1]["event"] == "finished"
 
 
@@ -197,6 +242,19 @@ def test_ranks_whose_launcher_is_told_to_stop_or_is_gone_save_and_leave(number: 
             time.sleep(0.05)
     assert rows[-1]["event"] == "stopped"
     assert of_kind(rows, "checkpoint")
+
+
+def test_a_rank_that_hangs_is_not_waited_for_where_nobody_watches_any_more(endless: Train) -> None:
+    """The supervisor is gone, and a rank is stopped: the other leaves by its heartbeat, the launcher ends the rest."""
+    with launched(endless, 2) as worker:
+        after_steps(worker, 3)
+        processes = rank_processes(worker)
+        os.kill(processes[1], signal.SIGSTOP)
+        os.kill(worker.process_id, signal.SIGTERM)  # what the kernel sends it then
+        end = time.monotonic() + 20
+        while any(map(alive, [worker.process_id, *processes.values()])):
+            assert time.monotonic() < end, "a process was left"
+            time.sleep(0.05)
 
 
 def test_ranks_that_have_other_data_train_nothing(tmp_path: Path) -> None:

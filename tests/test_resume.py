@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import facts
 import pytest
-import torch
-from small_runs import VOCABULARY, Rows, evaluations, going_on, losses, of_kind, run, small_errand, weights
+from injected import memory_runs_out, not_a_number, run_while
+from small_runs import Rows, evaluations, going_on, losses, of_kind, run, small_errand, stopping_at, weights
 
-from autotune.errands import Train
 from autotune.errors import ConfigurationError, NothingFitsError, TrainingFailedError
-from trainer import checkpoint
-from trainer.loop import train
+from trainer import manifest
 from trainer.progress import PATIENCE, Watch, place_of, seed_of
 
 EVERY = facts.saving(every_steps=1)
-
-
-def stopping_at(step: int) -> Any:
-    """A wish that is there when this step is done, or while the one before is evaluated."""
-    return lambda rows: len(of_kind(rows, "train")) + len(of_kind(rows, "resumed")) * rows[0]["step"] >= step - 1
 
 
 @pytest.mark.parametrize("micro_batch_size", [2, 8])
@@ -173,7 +164,7 @@ def test_a_best_whose_checkpoint_is_gone_is_told_and_ends_nothing(tmp_path: Path
 
     def lose(rows: Rows) -> bool:
         for row in of_kind(rows, "validation"):
-            shutil.rmtree(tmp_path / "run" / "checkpoints" / checkpoint.name_of(row["step"]), ignore_errors=True)
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / manifest.name_of(row["step"]), ignore_errors=True)
         return False
 
     rows = run(errand, lose)
@@ -190,7 +181,7 @@ def test_the_best_is_a_checkpoint_that_stays_and_becomes_a_model_at_the_end(tmp_
     best = min(of_kind(rows, "validation"), key=lambda row: row["loss"])["step"]
     assert best < 20
     assert rows[-1]["best_step"] == best
-    assert (tmp_path / "run" / "checkpoints" / checkpoint.name_of(best)).is_dir()
+    assert (tmp_path / "run" / "checkpoints" / manifest.name_of(best)).is_dir()
     assert rows[-1]["best_model"] == str(tmp_path / "run" / "best")
     saves = of_kind(rows, "checkpoint")
     assert len(saves) == 27
@@ -213,42 +204,6 @@ def test_a_checkpoint_that_cannot_be_written_is_an_event_and_the_run_goes_on_but
     assert [row["step"] for row in failed] == [1, 2]
     assert all("could not be saved" in row["message"] for row in failed)
     assert rows[-1]["event"] == "finished"
-
-
-@contextmanager
-def memory_runs_out(when: Callable[[int, bool], bool], *, backward: bool = False) -> Iterator[list[int]]:
-    """Have the allocator fail as a model embeds, or in the backward; `when` is told of rows, and of training."""
-    failed: list[int] = []
-
-    def fail(count: int) -> None:
-        failed.append(count)
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    def pass_by(module: Any, args: Any, output: Any) -> None:
-        if type(module) is not torch.nn.Embedding or module.num_embeddings != VOCABULARY:
-            return
-        count = len(args[0])
-        if when(count, module.training):
-            if backward:
-                output.register_hook(lambda _: fail(count))
-            else:
-                fail(count)
-
-    hook = torch.nn.modules.module.register_module_forward_hook(pass_by)
-    try:
-        yield failed
-    finally:
-        hook.remove()
-
-
-def run_while(errand: Train, condition: Callable[[Rows], AbstractContextManager[object]]) -> Rows:
-    """Train under a condition that sees the rows that there are; they are all there after an error too."""
-    Path(errand.output_dir).mkdir(exist_ok=True)
-    rows: Rows = []
-    with condition(rows):
-        for row in train(errand, lambda: False):
-            rows.append(row)  # the condition looks at them
-    return rows
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -305,27 +260,6 @@ def test_an_evaluation_that_memory_has_no_room_for_is_taken_in_smaller_micro_bat
     )
 
 
-@contextmanager
-def not_a_number(step: int, where: str, rows: Rows, until: int = 1) -> Iterator[None]:
-    """Put NaN into an activation, the loss, or one gradient of so many steps."""
-
-    def poison(module: Any, args: Any, output: Any) -> Any:
-        now = len(of_kind(rows, "train")) + 1
-        wanted = torch.nn.Linear if where != "activation" else torch.nn.Embedding
-        if type(module) is not wanted or not module.training or not step <= now < step + until:
-            return None
-        if where == "gradient":
-            output.register_hook(lambda gradient: gradient * float("nan"))
-            return None
-        return output * float("nan")
-
-    hook = torch.nn.modules.module.register_module_forward_hook(poison)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 @pytest.mark.parametrize("where", ["activation", "loss", "gradient"])
 def test_a_number_that_is_none_changes_no_weight_and_names_its_samples(where: str, tmp_path: Path) -> None:
     errand = small_errand(tmp_path, "llama", saving=facts.saving(every_steps=1, keep_last=12), micro_batch_size=8)
@@ -334,7 +268,7 @@ def test_a_number_that_is_none_changes_no_weight_and_names_its_samples(where: st
     assert (skipped["step"], len(skipped["samples"])) == (5, 8)
     folder = tmp_path / "run" / "checkpoints"
     for name in ("model.safetensors", "optimizer.safetensors"):
-        hashes = [checkpoint.verify(folder / f"step-{step:08d}").files[name].sha256 for step in (4, 5, 6)]
+        hashes = [manifest.verify(folder / f"step-{step:08d}").files[name].sha256 for step in (4, 5, 6)]
         assert hashes[0] == hashes[1] != hashes[2]
 
 

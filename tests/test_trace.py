@@ -173,6 +173,8 @@ def test_the_trace_and_the_process_are_what_is_measured(
         workload=work,
         device="cpu",
         micro_batch_size=rows,
+        ranks=1,
+        backend=None,
         verify=False,  # the peak is that of the first steps
         budget_bytes=8 * GIB,
         limit_bytes=8 * GIB,

@@ -1,6 +1,4 @@
-"""Checkpoints: there whole or not at all, and read only where every byte is what was written.
-
-    checkpoints/step-00000500/{model.safetensors, optimizer.safetensors, state.json, manifest.json}
+"""Writes and reads checkpoints: they are there whole or not at all. What one is stands in `manifest`.
 
 A checkpoint is written to a hidden folder beside the others. Every file is synced, then a manifest with the size and
 hash of each, then the folder is renamed, which is what makes it one, and its parent synced; only then older ones go.
@@ -10,75 +8,49 @@ read can run code. Knows files and tensors; when to save is the loop's affair.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from autotune.errands import Recipe
 from autotune.errors import ConfigurationError, MachineError
-from autotune.plan import Fact, Plan
+from autotune.plan import Fact
+from trainer.manifest import (
+    GIVEN_UP,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    FileFacts,
+    Found,
+    Manifest,
+    Origin,
+    all_in,
+    hash_of,
+    is_whole,
+    name_of,
+    sealed,
+    step_of,
+)
+from trainer.memory import first_line, is_memory_error
 from trainer.progress import Progress
 from trainer.step import TrainState
 
-FOLDER, GIVEN_UP = "checkpoints", "checkpoints-given-up"
-MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-NAME = re.compile(r"step-(\d{8,})")
 KEPT_AT_LEAST = 2
 """Whatever --keep-last says: where the newest does not verify there has to be another."""
 SMALL_FILES_BYTES = 2**20
 """State, manifest, headers and folders, at most."""
-CHECKSUM = re.compile(rb'\{"checksum": "([0-9a-f]{64})",\n')
-"""How a manifest begins: the hash of all that follows in its file."""
 MIB = 2**20
-
-
-class Identity(Fact):
-    """What has to be the same for a run to go on as if it had not been stopped."""
-
-    data: str
-    """Hash of the samples, whatever the files are called."""
-    samples: int
-    tokenizer: str | None
-    effective_batch_size: int
-    seed: int
-    optimizer: str
-    frozen: tuple[str, ...]
-
-
-class FileFacts(Fact):
-    """What a file is, to the byte."""
-
-    bytes: int
-    sha256: str
-
-
-class Manifest(Fact):
-    """What a checkpoint is, and of what."""
-
-    schema_name: Literal["chatlm.checkpoint/1"] = Field(alias="schema")
-    step: int
-    samples: int
-    """Used so far, over all epochs: the place in the data."""
-    identity: Identity
-    recipe: Recipe
-    plan: str
-    """Hash of the plan that was trained: under another, losses may differ in their last digits."""
-    versions: dict[str, str]
-    files: dict[str, FileFacts]
 
 
 class SavedState(Fact):
@@ -92,40 +64,10 @@ class SavedState(Fact):
 SAVED_STATE = TypeAdapter(SavedState)
 
 
-class DamagedError(Exception):
-    """A folder that is no whole checkpoint; says why."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint whose every byte was verified."""
-
-    folder: Path
-    manifest: Manifest
-    damaged: tuple[str, ...]
-    """Newer ones that were passed over, each with the reason."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a checkpoint is of: whoever resumes it holds this against his own."""
-
-    identity: Identity
-    recipe: Recipe
-    plan: Plan
-
-    @property
-    def plan_hash(self) -> str:
-        """Hash of all that decides the numbers of a step."""
-        workload = self.plan.workload.model_dump_json(exclude={"model", "data_fingerprint", "tokenizer_fingerprint"})
-        decides = (workload, self.plan.batching.model_dump_json(), self.plan.hardware.device)
-        return hashlib.sha256("\n".join(decides).encode()).hexdigest()
-
-
 def save(checkpoints: Path, state: TrainState, progress: Progress, origin: Origin, keep_last: int) -> Path:
     """Commit a checkpoint, and remove what is older than the last so many; the best stays.
 
-    Raises MachineError where the disk is full or fails: what was there before is then there still.
+    Raises MachineError where the disk is full or fails, or memory runs out: what was there before is there still.
     """
     target = checkpoints / name_of(progress.step)
     partial = checkpoints / f".{target.name}.partial"
@@ -141,81 +83,18 @@ def save(checkpoints: Path, state: TrainState, progress: Progress, origin: Origi
         with _hidden(target):  # one of the same step, which is there until the new one is
             os.rename(partial, target)  # noqa: PTH104 # fails where there is one already
             _sync(checkpoints)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        of_memory = is_memory_error(error)
+        if isinstance(error, RuntimeError) and not of_memory:
+            raise
+        said = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise MachineError(
-            f"{target} could not be saved: {said}", "free some of the disk; what was saved before is still there"
+            f"{target} could not be saved: {said}",
+            f"free some of the {'memory' if of_memory else 'disk'}; what was saved before is still there",
         ) from None
     _rotate(checkpoints, keep_last, progress.best.step)
     return target
-
-
-def find(place: Path) -> Found | None:
-    """Return the newest checkpoint that verifies, in the folder of a run or of checkpoints, or which it is itself.
-
-    None where there is none at all; raises MachineError where not one of them is whole.
-    """
-    if (place / MANIFEST).exists() or NAME.fullmatch(place.name):
-        candidates = [place]
-    else:
-        candidates = _all(place / FOLDER if (place / FOLDER).is_dir() else place)
-    damaged: list[str] = []
-    for folder in candidates:
-        try:
-            return Found(folder, verify(folder), tuple(damaged))
-        except DamagedError as error:
-            damaged.append(f"{folder.name}: {error}")
-    if damaged:
-        raise MachineError(
-            f"{place}: no checkpoint is whole: {'; '.join(damaged)}",
-            "begin anew in another --output-dir, or give --resume-from the folder of another checkpoint",
-        )
-    return None
-
-
-def verify(folder: Path, name: str = "") -> Manifest:
-    """Return the manifest of a checkpoint whose every file is what was written, by size and hash; else DamagedError.
-
-    `name` is what it is called if not by its folder, as one that is hidden is not.
-    """
-    try:
-        written = (folder / MANIFEST).read_bytes()
-    except OSError as error:
-        raise DamagedError(f"{MANIFEST} cannot be read ({error.strerror})") from None
-    head = CHECKSUM.match(written)
-    if head is None or hashlib.sha256(written[head.end() :]).hexdigest().encode() != head[1]:
-        raise DamagedError(f"{MANIFEST} is not what was written")
-    try:
-        manifest = Manifest.model_validate_json(b"{" + written[head.end() :])
-    except ValidationError as error:
-        raise DamagedError(f"{MANIFEST} is of another version of chatlm ({error.errors()[0]['loc']})") from None
-    if (name or folder.name) != name_of(manifest.step):
-        raise DamagedError(f"it is step {manifest.step}, under another name")
-    for name, facts in manifest.files.items():
-        try:
-            size = (folder / name).stat().st_size
-            if size != facts.bytes:
-                raise DamagedError(f"{name} has {size:,} bytes, {facts.bytes:,} were written")
-            if _hash(folder / name) != facts.sha256:
-                raise DamagedError(f"{name} is not what was written")
-        except OSError as error:
-            raise DamagedError(f"{name} cannot be read ({error.strerror})") from None
-    return manifest
-
-
-def check_identity(found: Found, now: Identity) -> None:
-    """Raise ConfigurationError, by name, where going on would not be the same run."""
-    before = found.manifest.identity
-    for name in Identity.model_fields:
-        then, today = getattr(before, name), getattr(now, name)
-        if then != today:
-            what = name.replace("_", " ")
-            raise ConfigurationError(
-                f"{found.folder} was trained with another {what}: {_shown(then)} then, {_shown(today)} now",
-                "give what it was trained with, or begin a new run from its weights alone: --resume-from "
-                f"{found.folder} --resume-weights-only --output-dir NEW",
-            )
 
 
 def restore(found: Found, state: TrainState) -> Progress:
@@ -287,11 +166,9 @@ def _write(folder: Path, state: TrainState, progress: Progress, origin: Origin) 
         recipe=origin.recipe,
         plan=origin.plan_hash,
         versions=versions(),
-        files={n: FileFacts(bytes=(folder / n).stat().st_size, sha256=_hash(folder / n)) for n in names},
+        files={n: FileFacts(bytes=(folder / n).stat().st_size, sha256=hash_of(folder / n)) for n in names},
     )
-    body = manifest.model_dump_json(by_alias=True, indent=2).encode()[1:]
-    checksum = hashlib.sha256(body).hexdigest().encode()
-    (folder / MANIFEST).write_bytes(b'{"checksum": "' + checksum + b'",\n' + body)
+    (folder / MANIFEST).write_bytes(sealed(manifest))
     _sync(folder / MANIFEST)
     _sync(folder)
 
@@ -311,11 +188,11 @@ def _rotate(checkpoints: Path, keep_last: int, best_step: int | None) -> None:
 
     The newest is: it was hashed as it was written. What one that stays has as its best stays too.
     """
-    newest_first = _all(checkpoints)
+    newest_first = all_in(checkpoints)
     kept = newest_first[: max(keep_last, KEPT_AT_LEAST)]
     best = {name_of(step) for step in (best_step, *map(_best_of, kept)) if step is not None}
     older = [folder for folder in newest_first[len(kept) :] if folder.name not in best]
-    if older and any(map(_is_whole, kept[1:])):
+    if older and any(map(is_whole, kept[1:])):
         for folder in older:
             _discard(folder)
 
@@ -327,34 +204,11 @@ def _best_of(folder: Path) -> int | None:
         return None
 
 
-def _is_whole(folder: Path, name: str = "") -> bool:
-    try:
-        verify(folder, name)
-    except DamagedError:
-        return False
-    return True
-
-
-def name_of(step: int) -> str:
-    """Return the name of a step's folder."""
-    return f"step-{step:08d}"
-
-
-def _all(checkpoints: Path) -> list[Path]:
-    """Return what is named as a checkpoint, the newest first."""
-    found = [folder for folder in checkpoints.glob("step-*") if NAME.fullmatch(folder.name)]
-    return sorted(found, key=_step_of, reverse=True)
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
 def recover(checkpoints: Path) -> None:
     """Clear up what a save or a removal that was killed has left; one that is whole gets its name."""
     for folder in sorted(checkpoints.glob(".step-*")):
         target = checkpoints / folder.name.removeprefix(".").partition(".")[0]
-        if not target.exists() and _is_whole(folder, target.name):
+        if not target.exists() and is_whole(folder, target.name):
             folder.rename(target)
         else:
             shutil.rmtree(folder, ignore_errors=True)
@@ -363,8 +217,8 @@ def recover(checkpoints: Path) -> None:
 def give_up_after(checkpoints: Path, step: int) -> list[Path]:
     """Move checkpoints of later steps aside, so that none is taken for the newest again; return where they are."""
     moved = []
-    for folder in _all(checkpoints):
-        if _step_of(folder) > step:
+    for folder in all_in(checkpoints):
+        if step_of(folder) > step:
             aside = checkpoints.with_name(GIVEN_UP) / folder.name
             _discard(aside)
             aside.parent.mkdir(exist_ok=True)
@@ -405,11 +259,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _hash(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _names(model: Any) -> dict[str, Tensor]:
     """Return the parameters by name; those that are tied are one."""
     return dict(model.named_parameters())
@@ -430,7 +279,3 @@ def _moments(state: TrainState) -> dict[str, Tensor]:
         for parameter, kept in state.optimizer.state.items()
         for moment, tensor in kept.items()
     }
-
-
-def _shown(value: Any) -> str:
-    return value[:12] if isinstance(value, str) else str(value)

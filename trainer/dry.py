@@ -21,8 +21,9 @@ from trainer.microbatch import SpecialTokens, WorstCase, collate, cut, lay_out, 
 from trainer.model import build_for
 from trainer.proof import SAMPLES as PROVEN_ON
 from trainer.proof import TOLERANCE, first_samples, gradient_errors
+from trainer.ranks import ALONE, Ranks
 from trainer.rate import matrix_flops
-from trainer.step import TrainState, accumulate, start, update
+from trainer.step import TrainState, accumulate, start, trained, update
 
 NO_SPECIAL = SpecialTokens(0, 0)
 LEARNING_RATE = 1e-4
@@ -38,8 +39,10 @@ WAYS = 4
 """At least so many layouts and sizes should be timed within those seconds."""
 
 
-def take_dry_steps(errand: Dry) -> DryReport:
+def take_dry_steps(errand: Dry, ranks: Ranks = ALONE) -> DryReport:
     """Build the model, take the steps and one evaluation batch; the peak of each phase is its highest over all steps.
+
+    Several ranks take them at the same time, and add their gradients: the report is that of the weakest.
 
     A first step is no guide: the optimizer's moments are made in it, and held in all later ones. Once those that tell
     where to look have held more than the budget, no other is taken.
@@ -59,14 +62,14 @@ def take_dry_steps(errand: Dry) -> DryReport:
     state = start(model, workload, weight_decay=0.1)
     timings: list[Timing] = []
     for share in DRY_LENGTHS if errand.verify else EXPLORING_LENGTHS:
-        if len(timings) >= len(EXPLORING_LENGTHS) and account.peak_bytes > errand.budget_bytes:
+        if len(timings) >= len(EXPLORING_LENGTHS) and ranks.most(account.peak_bytes)[0] > errand.budget_bytes:
             break
-        timings.append(_step(state, errand, share, account))
+        timings.append(_step(state, errand, share, account, ranks))
     _evaluate(state, errand, account)
     verified, peak = len(timings) == len(DRY_LENGTHS), account.peak_bytes
     store = TokenStore(Path(errand.excerpt.store)) if errand.excerpt and verified else None
     per_token = min(t.seconds / t.padded_tokens for t in timings)
-    return DryReport(
+    report = DryReport(
         verified=verified,
         peak_bytes=peak,
         phases=account.phases,
@@ -78,6 +81,27 @@ def take_dry_steps(errand: Dry) -> DryReport:
         expected_peak_bytes=_expected_peak(state, errand, store, meter, peak) if store else None,
         inexact=inexact,
         matrix_flops=_rates(device, workload.precision) if verified else {},
+    )
+    return _of_the_weakest(report, ranks)
+
+
+def _of_the_weakest(report: DryReport, ranks: Ranks) -> DryReport:
+    """Take of what the ranks held, and of the time that full steps took, the most."""
+    names = ["peak_bytes", "resident_bytes", "host_peak_bytes"]
+    names += ["expected_peak_bytes"] if report.expected_peak_bytes is not None else []
+    held = ranks.most(*(getattr(report, name) for name in names))
+    phases = ranks.most(*report.phases.values())
+    seconds = ranks.most(*(s for t in report.timings for s in (t.seconds, t.update_seconds)))
+    timings = [
+        t.model_copy(update={"seconds": seconds[2 * i], "update_seconds": seconds[2 * i + 1]})
+        for i, t in enumerate(report.timings)
+    ]
+    return report.model_copy(
+        update={
+            **dict(zip(names, map(int, held), strict=True)),
+            "phases": dict(zip(report.phases, map(int, phases), strict=True)),
+            "timings": tuple(timings),
+        }
     )
 
 
@@ -92,8 +116,8 @@ def _rates(device: torch.device, own: Precision) -> dict[Precision, float]:
         return {}
 
 
-def _step(state: TrainState, errand: Dry, share: float, account: Account) -> Timing:
-    """Take the step that `train_step` takes, its two phases apart, on rows of this share of the worst-case length."""
+def _step(state: TrainState, errand: Dry, share: float, account: Account, ranks: Ranks) -> Timing:
+    """Take the step that a run takes, its two phases apart, on rows of this share of the worst-case length."""
     workload, samples, ids = errand.workload, WorstCase(errand.workload, share), range(errand.micro_batch_size)
     batch = collate([[i] for i in ids], samples, workload, NO_SPECIAL)
     targets = DRY_MICRO_BATCHES * target_count(ids, samples)
@@ -102,6 +126,7 @@ def _step(state: TrainState, errand: Dry, share: float, account: Account) -> Tim
         loss = accumulate(state, [batch] * DRY_MICRO_BATCHES, targets, workload)
         loss.item()
     with account.phase("optimizer"):
+        loss = ranks.add_gradients(trained(state), loss)
         update(state, loss, workload, LEARNING_RATE, CLIP).item()
     return Timing(
         padded_tokens=batch.padded_tokens,

@@ -92,10 +92,6 @@ class BrokenOffError(Exception):
     """A stop was asked for before all answers were there."""
 
 
-class EvaluationMemoryError(Exception):
-    """Memory ran out on some rank; says what its allocator said."""
-
-
 class Evaluator:
     """Evaluates a model in training on its validation data, if there is any, and has it answer fixed prompts."""
 
@@ -122,7 +118,7 @@ class Evaluator:
         """Yield a `sample` for each fixed prompt, then the `validation` row, or without data an event `sampled`.
 
         The losses are taken by all ranks, in micro-batches of at most so many rows; the answers are the first rank's.
-        Where a stop is asked for it is broken off, without that last row. Raises EvaluationMemoryError, on all ranks,
+        Where a stop is asked for it is broken off, without that last row. Raises MemoryRanOutError, on all ranks,
         where memory runs out on one; answers that have no room are left out, and an event says so.
         """
         self._meter.reset()
@@ -161,20 +157,12 @@ class Evaluator:
     def _losses(self, model: Any, store: TokenStore, rows: int) -> Metrics | None:
         """Return the means over all target tokens; None where it was broken off."""
         prepare_heap(self._meter.device, self._workload.cpu_allocator)
-        loss = right = 0.0
-        failed = ""
-        try:
-            loss, right = totals(model, self._in_order(store, rows), self._workload, self._meter.device).tolist()
-        except (RuntimeError, MemoryError) as error:
-            if not is_memory_error(error):
-                raise
-            failed = first_line(error)
-        ran_out, stopped = self._ranks.any(bool(failed), self._stop())
-        if ran_out:
-            raise EvaluationMemoryError(failed or "on another rank")
-        if stopped:
+        own = self._ranks.together(
+            lambda: totals(model, self._in_order(store, rows), self._workload, self._meter.device).tolist()
+        )
+        if self._ranks.any(self._stop())[0]:
             return None
-        loss, right = self._ranks.total(loss, right)
+        loss, right = self._ranks.total(*own)
         targets = max(1, target_count(range(len(store)), store))
         return {
             "loss": loss / targets,

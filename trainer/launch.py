@@ -2,28 +2,38 @@
 
     python -m trainer.launch RANKS
 
-Dies with the supervisor, as a worker does, and then lets its ranks save. Ports are the loopback's.
+Dies with the supervisor, as a worker does, and then lets its ranks save. Ranks leave together: once one is gone, the
+others are soon ended, also one that hangs. Ports are the loopback's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import tempfile
+import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any
 
+import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from trainer.ties import ERRAND_FILE, LOST_A_PEER, die_with_parent
+from autotune.errands import LOST_A_PEER
+from trainer.ties import ERRAND_FILE, die_with_parent
 
 SAVE_SECONDS = 600
 """That ranks have to finish their step and save, before they are killed."""
+WORKER = "trainer.worker"
+LEAVE_SECONDS = 5.0
+"""That the others have once one of them has ended."""
+LOOK_SECONDS = 0.2
 
 
 def main() -> None:
@@ -45,12 +55,34 @@ def main() -> None:
         errand = Path(folder) / "errand.json"
         errand.write_bytes(sys.stdin.buffer.read())
         os.environ[ERRAND_FILE] = str(errand)
+        threading.Thread(target=_end_who_stays, daemon=True).start()
         try:
-            elastic_launch(config, sys.executable)("-P", "-m", "trainer.worker")
+            elastic_launch(config, sys.executable)("-P", "-m", WORKER)
         except ChildFailedError as error:
             sys.exit(_told(error.failures))
         except SignalException:
             return  # which its ranks had too: what became of them they have said
+
+
+def _end_who_stays() -> None:
+    """Wait for the first rank to end, and kill those that have not ended soon after."""
+    seen = lives = _living_ranks()
+    while lives >= seen:
+        time.sleep(LOOK_SECONDS)
+        seen, lives = lives, _living_ranks()
+    time.sleep(LEAVE_SECONDS)
+    for rank in _living_ranks():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.kill()
+
+
+def _living_ranks() -> set[psutil.Process]:
+    ranks = set()
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if child.status() != psutil.STATUS_ZOMBIE and WORKER in child.cmdline():
+                ranks.add(child)
+    return ranks
 
 
 def _told(failures: dict[int, ProcessFailure]) -> int:

@@ -17,18 +17,18 @@ from torch import Tensor
 
 from autotune.errands import Saving, Train
 from autotune.errors import MachineError, NothingFitsError, TrainingFailedError
-from trainer import checkpoint
-from trainer.checkpoint import DamagedError, Found, Origin
+from trainer import checkpoint, manifest
 from trainer.data import Order, TokenStore
-from trainer.evaluate import EvaluationMemoryError, Evaluator, Metrics, special_tokens
-from trainer.memory import PeakMeter, first_line, is_memory_error, prepare_heap
+from trainer.evaluate import Evaluator, Metrics, special_tokens
+from trainer.manifest import DamagedError, Found, Origin
+from trainer.memory import PeakMeter, prepare_heap
 from trainer.microbatch import MicroBatch, lay_out, target_count
 from trainer.model import save_model
 from trainer.opening import find_resumed, identity_of, prepare
 from trainer.progress import PATIENCE, Progress, place_of, seed_of, told_differences
-from trainer.ranks import ALONE, Ranks
+from trainer.ranks import ALONE, MemoryRanOutError, Ranks
 from trainer.schedule import learning_rate_at, steps_in
-from trainer.step import FIRST_LOSS_SCALE, TrainState, accumulate, start, update
+from trainer.step import FIRST_LOSS_SCALE, TrainState, accumulate, start, trained, update
 from trainer.tally import Tally, utilization
 
 WAITS = ("cpu",)
@@ -94,7 +94,7 @@ class Run:
         self.rows_at_once = plan.batching.micro_batch_size
         """Of a micro-batch: the plan's, or less where memory once ran out."""
         self.clock = SaveClock(self.errand.saving, self.steps_per_epoch)
-        self.checkpoints = Path(self.errand.output_dir) / checkpoint.FOLDER
+        self.checkpoints = Path(self.errand.output_dir) / manifest.FOLDER
         self.origin = Origin(identity_of(self.errand, self.store), recipe, plan)
         self._orders: dict[int, Order] = {}
         self._special = special_tokens(self.model, self.errand)
@@ -106,14 +106,17 @@ class Run:
         Also says what is not as it was when it was saved: the recipe, and by that the schedule, may have changed.
         """
         assert self.errand.resume is not None
+        given_up: list[Path] = []
         if self.errand.resume.weights_only:
             checkpoint.restore_weights(found.folder, self.state.model)
         else:
             self.progress = checkpoint.restore(found, self.state)
+            if self.ranks.leads and found.folder.parent.resolve() == self.checkpoints.resolve():
+                given_up = checkpoint.give_up_after(self.checkpoints, self.progress.step)
             if self.workload.precision == "fp16" and found.manifest.plan != self.origin.plan_hash:
                 self.state.loss_scale.fill_(FIRST_LOSS_SCALE)  # that of another precision says nothing
-        manifest, recipe = found.manifest, self.origin.recipe
-        changed = told_differences(manifest.recipe.model_dump(), recipe.model_dump())
+        then, recipe = found.manifest, self.origin.recipe
+        changed = told_differences(then.recipe.model_dump(), recipe.model_dump())
         return {
             "kind": "event",
             "event": "resumed",
@@ -121,10 +124,11 @@ class Run:
             "evaluated_at": self.progress.evaluated_at,
             "checkpoint": str(found.folder),
             "weights_only": self.errand.resume.weights_only,
-            "verified_bytes": sum(file.bytes for file in manifest.files.values()),
+            "verified_bytes": sum(file.bytes for file in then.files.values()),
             "damaged": list(found.damaged),
-            "changed": [*changed, *told_differences(manifest.versions, checkpoint.versions())],
-            "same_plan": manifest.plan == self.origin.plan_hash,
+            "given_up": [str(folder) for folder in given_up],
+            "changed": [*changed, *told_differences(then.versions, checkpoint.versions())],
+            "same_plan": then.plan == self.origin.plan_hash,
         }
 
     def rows(self) -> Iterator[Metrics]:
@@ -179,7 +183,7 @@ class Run:
         for _ in range(TRIES):
             try:
                 yield from self.evaluator.evaluate(self.state.model, self.progress.step, rows)
-            except EvaluationMemoryError as error:
+            except MemoryRanOutError as error:
                 message = str(error)
             else:
                 return
@@ -199,7 +203,6 @@ class Run:
         began = time.perf_counter()
         targets = target_count(ids, self.store)
         batches, loss, data_seconds = yield from self._accumulate(ids, targets, began)
-        loss = self.ranks.add_gradients(_trained(self.state), loss)
         norm = update(self.state, loss, self.workload, rate, recipe.clip)
         progress.step += 1
         progress.samples += len(ids)
@@ -226,35 +229,31 @@ class Run:
     def _accumulate(
         self, ids: Any, targets: int, began: float
     ) -> Generator[Metrics, None, tuple[list[MicroBatch], Tensor, float]]:
-        """Add up the gradient of this rank's share; where memory runs out on any rank, all begin anew with fewer rows.
+        """Add up the gradient of all ranks; where memory runs out on any of them, all begin anew with fewer rows.
 
         Nothing has changed until then but gradients, which are dropped; random numbers are drawn again as they were.
         """
-        for attempt in range(TRIES):
+
+        def own() -> tuple[list[MicroBatch], Tensor, float]:
+            batches = lay_out(self.ranks.share(ids), self.rows_at_once, self.store, self.workload, self._special)
+            data_seconds = time.perf_counter() - began
+            return batches, accumulate(self.state, batches, targets, self.workload), data_seconds
+
+        for left in reversed(range(TRIES)):
             torch.manual_seed(seed_of(self.errand.recipe.seed, self.progress.step, self.ranks.rank))
-            batches: list[MicroBatch] = []
-            loss, failed, data_seconds = self.state.loss_scale, "", 0.0
             try:
-                batches = lay_out(self.ranks.share(ids), self.rows_at_once, self.store, self.workload, self._special)
-                data_seconds = time.perf_counter() - began
-                loss = accumulate(self.state, batches, targets, self.workload)
-            except (RuntimeError, MemoryError) as error:
-                if not is_memory_error(error):
-                    raise
-                failed = first_line(error)
-            (anywhere,) = self.ranks.any(bool(failed))
-            if not anywhere:
-                return batches, loss, data_seconds
-            del batches, loss
+                batches, loss, data_seconds = self.ranks.together(own)
+                return batches, self.ranks.add_gradients(trained(self.state), loss), data_seconds
+            except MemoryRanOutError as error:
+                message = str(error)
             self._drop_gradients()
             rows, self.rows_at_once = self.rows_at_once, max(1, self.rows_at_once // 2)
-            again = attempt + 1 < TRIES and self.rows_at_once < rows
-            yield self._out_of_memory("step", failed or "on another rank", rows, self.rows_at_once if again else None)
+            again = left > 0 and self.rows_at_once < rows
+            yield self._out_of_memory("step", message, rows, self.rows_at_once if again else None)
             if not again:
                 break
-        where = f"step {self.progress.step + 1} with micro-batches of {rows} rows too ({failed or 'on another rank'})"
-        yield from self._give_up(where)
-        raise AssertionError
+        where = f"step {self.progress.step + 1} with micro-batches of {rows} rows too ({message})"
+        return (yield from self._give_up(where))
 
     def _give_up(self, where: str) -> Generator[Metrics, None, NoReturn]:
         """Save what was trained, and end: memory has run out for good."""
@@ -347,9 +346,9 @@ class Run:
         shutil.rmtree(folder / "best", ignore_errors=True)  # of an earlier stop
         if best.step == self.progress.step:
             return told | {"best_model": told["model"]}
-        kept = self.checkpoints / checkpoint.name_of(best.step)
+        kept = self.checkpoints / manifest.name_of(best.step)
         try:
-            checkpoint.verify(kept)
+            manifest.verify(kept)
         except DamagedError as error:
             return told | {"best_model": None, "best_lost": f"{kept.name}: {error}"}
         checkpoint.restore_weights(kept, model)
@@ -379,7 +378,3 @@ class SaveClock:
             or (self.saving.each_epoch and step % self.steps_per_epoch == 0)
             or (seconds is not None and time.monotonic() - self._last >= seconds)
         )
-
-
-def _trained(state: TrainState) -> list[Tensor]:
-    return [p for group in state.optimizer.param_groups for p in group["params"]]

@@ -16,6 +16,7 @@ import torch
 
 from autotune.plan import CpuAllocator
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 MEMORY_ERRORS = (
@@ -93,6 +94,15 @@ def trim_heap() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # musl
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def tighten_heap() -> None:
+    """Set glibc to the tight setting of `autotune.process` in a process that was started with another. mallopt(3)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # musl
+            mallopt = ctypes.CDLL(None).mallopt
+            for parameter, size in ((M_MMAP_THRESHOLD, 2**20), (M_TRIM_THRESHOLD, 2**20), (M_TOP_PAD, 2**17)):
+                mallopt(parameter, size)
 
 
 def prepare_heap(device: torch.device, allocator: CpuAllocator) -> None:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from autotune.errands import ModelSummary, TokenIds
-from autotune.errors import ConfigurationError
+from autotune.errors import ConfigurationError, MachineError
 from autotune.plan import Task, Workload
 from trainer.compiled import compile_layers
 from trainer.forward import forward
@@ -297,16 +297,25 @@ def _listed(ids: int | tuple[int, ...]) -> int | list[int]:
 
 
 def save_model(model: Any, tokenizer_dir: Path, folder: Path) -> None:
-    """Write weights (safetensors), configurations and tokenizer; an older folder is replaced when all is written."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    for file in tokenizer_dir.iterdir():
-        shutil.copy2(file, partial / file.name)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)  # noqa: PTH105 # says that it replaces
-    os.replace(partial, folder)  # noqa: PTH105
+    """Write weights (safetensors), configurations and tokenizer; an older folder is replaced when all is written.
+
+    Raises MachineError where the disk is full or fails: an older folder is then there still.
+    """
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        for file in tokenizer_dir.iterdir():
+            shutil.copy2(file, partial / file.name)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)  # noqa: PTH105 # says that it replaces
+        os.replace(partial, folder)  # noqa: PTH105
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise MachineError(
+            f"{folder} could not be saved: {said}", "free some of the disk; what was trained is in the last checkpoint"
+        ) from None
     shutil.rmtree(old, ignore_errors=True)

@@ -10,10 +10,11 @@ import torch
 from autotune.errands import Train
 from autotune.errors import MachineError
 from autotune.plan import Layout
-from trainer import checkpoint
-from trainer.checkpoint import Found, Identity
+from trainer import manifest
+from trainer.checkpoint import check_model, recover
 from trainer.data import TokenStore
 from trainer.evaluate import Metrics, special_tokens
+from trainer.manifest import Found, Identity, check_identity
 from trainer.model import build_for
 from trainer.proof import TOLERANCE, first_samples, gradient_errors
 from trainer.ranks import Ranks
@@ -69,11 +70,10 @@ def find_resumed(errand: Train, store: TokenStore, model: Any, ranks: Ranks) -> 
     """Return the checkpoint that is to be gone on from, whole and of this run; None where there is none."""
     if errand.resume is None:
         return None
-    own = Path(errand.output_dir) / checkpoint.FOLDER
     if ranks.leads:
-        checkpoint.recover(own)
+        recover(Path(errand.output_dir) / manifest.FOLDER)
     ranks.any(False)  # the others look when that is done
-    found = checkpoint.find(Path(errand.resume.place))
+    found = manifest.find(Path(errand.resume.place))
     step = found.manifest.step if found else -1
     newest, negative_oldest = ranks.most(step, -step)
     if newest != -negative_oldest:
@@ -83,9 +83,7 @@ def find_resumed(errand: Train, store: TokenStore, model: Any, ranks: Ranks) -> 
         )
     if found is None:
         return None
-    checkpoint.check_model(found.folder, model)
+    check_model(found.folder, model)
     if not errand.resume.weights_only:
-        checkpoint.check_identity(found, identity_of(errand, store))
-        if ranks.leads and found.folder.parent.resolve() == own.resolve():
-            checkpoint.give_up_after(own, found.manifest.step)
+        check_identity(found, identity_of(errand, store))
     return found

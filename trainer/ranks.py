@@ -1,4 +1,4 @@
-"""What the ranks of a run agree on: gradients, verdicts, counts. The only room that knows torch.distributed.
+"""What the ranks of a run agree on: gradients, verdicts, counts. Only this room and `launch` know torch.distributed.
 
 No wrapper around the model: every rank accumulates by itself, all agree on the host how it went, then gradients are
 added once, in flat buckets. So a rank without a sample, a parameter that is frozen and a step that is undone are no
@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from autotune.batching import share_of
+from trainer.memory import first_line, is_memory_error
 
 BUCKET_BYTES = 32 * 2**20
 """Of gradients that are added together: few enough to be held twice, enough to be worth a message."""
@@ -32,11 +34,16 @@ BEATS = 6
 PATIENCE_SECONDS = 1800.0
 """Of a message between ranks that live: one may save a large model, or answer many prompts, while the others wait."""
 LEFT = "left"
+Result = TypeVar("Result")
 LAUNCHER_HAS_STORE = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 class PeerLostError(Exception):
     """Another rank is gone: a message to it failed."""
+
+
+class MemoryRanOutError(Exception):
+    """Memory ran out on some rank; says what its allocator said. All ranks raise it together."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,22 @@ class Ranks:
         _send(lambda: dist.broadcast(said, 0, group=self.host))
         return bytes(said.numpy()).decode()
 
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Do this rank's part of what may run out of memory; where it does so on any, raise MemoryRanOutError on all.
+
+        The part itself may not talk to other ranks: one that failed would not answer.
+        """
+        failed = ""
+        try:
+            done = work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_memory_error(error):
+                raise
+            failed = first_line(error)  # and not the error, which holds the frames and their tensors
+        if self.any(bool(failed))[0]:
+            raise MemoryRanOutError(failed or "on another rank")
+        return done
+
     def _agree(self, values: Sequence[float], how: Any) -> list[float]:
         if self.world_size == 1:
             return list(values)
@@ -93,21 +116,22 @@ class Ranks:
     def add_gradients(self, parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
         """Add the gradients of all ranks in place, and return the sum of their losses.
 
-        A rank without samples adds zeros; a parameter that had no gradient on any rank has none afterwards.
+        A rank without samples adds zeros; a parameter that had no gradient on any rank has none afterwards. Raises
+        MemoryRanOutError, on all ranks and before anything was added, where one has no room for what it takes.
         """
         if self.world_size == 1:
             return loss
         held = self.any(*(p.grad is not None for p in parameters))
         reached = [p for p, anywhere in zip(parameters, held, strict=True) if anywhere]
-        for p in reached:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        for bucket in _buckets(reached):
-            flat = torch.cat([p.grad.flatten() for p in bucket if p.grad is not None])
+        buckets = list(_buckets(reached))
+        room = self.together(lambda: _room_to_add(buckets))
+        for bucket in buckets:
+            gradients = [p.grad for p in bucket if p.grad is not None]
+            flat = room[: sum(p.numel() for p in bucket)]
+            torch.cat([gradient.flatten() for gradient in gradients], out=flat)
             _reduce(flat)
-            for p, added in zip(bucket, torch.split(flat, [p.numel() for p in bucket]), strict=True):
-                assert p.grad is not None
-                p.grad.copy_(added.view_as(p.grad))
+            for gradient, added in zip(gradients, torch.split(flat, [p.numel() for p in bucket]), strict=True):
+                gradient.copy_(added.view_as(gradient))
         loss = loss.clone()
         _reduce(loss)
         return loss
@@ -142,11 +166,11 @@ def join(
     if world_size == 1 or "RANK" not in os.environ:
         yield Ranks()
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     own = backend or ("nccl" if device.type == "cuda" else "gloo")
     patience = timedelta(seconds=max(PATIENCE_SECONDS, heartbeat_seconds))
     store, rank, world_size = next(rendezvous("env://", timeout=patience))
+    if device.type == "cuda":  # not before: the first rank may be measuring what its card has free
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group(own, store=store, rank=rank, world_size=world_size, timeout=patience)
     ranks = Ranks(rank, world_size, None if own == "gloo" else dist.new_group(backend="gloo", timeout=patience))
     beats = Heartbeat(store.clone(), ranks, heartbeat_seconds, lost)
@@ -199,6 +223,15 @@ class Heartbeat(threading.Thread):
 
     def _beat(self, count: int) -> None:
         self._store.set(f"beat {self._ranks.rank}", str(count))
+
+
+def _room_to_add(buckets: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Give each parameter a gradient; return a flat tensor that the largest bucket fits in."""
+    for p in chain.from_iterable(buckets):
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    like = next(chain.from_iterable(buckets), torch.empty(0))
+    return like.new_empty(max((sum(p.numel() for p in bucket) for bucket in buckets), default=0))
 
 
 def _buckets(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:

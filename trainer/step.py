@@ -53,6 +53,11 @@ def start(model: Any, workload: Workload, weight_decay: float) -> TrainState:
     return TrainState(model, optimizer, torch.tensor(scale, device=device), torch.zeros((), device=device))
 
 
+def trained(state: TrainState) -> list[Tensor]:
+    """Return the parameters that a step changes."""
+    return [p for group in state.optimizer.param_groups for p in group["params"]]
+
+
 def train_step(
     state: TrainState,
     micro_batches: Iterable[MicroBatch],
@@ -99,7 +104,7 @@ def update(state: TrainState, loss: Tensor, workload: Workload, learning_rate: f
     Unscaling and clipping ride on the optimizer, which divides by `grad_scale` as it reads the gradient, and
     leaves weights and moments alone where `found_inf` is 1 (what torch.amp.GradScaler hands it).
     """
-    gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [p.grad for p in trained(state) if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients) / state.loss_scale
     shrink = torch.clamp(clip / (norm + 1e-6), max=1.0) if clip > 0 else torch.ones_like(norm)
     overflow = 1.0 - (norm + loss).isfinite().float()

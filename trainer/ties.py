@@ -1,4 +1,4 @@
-"""What ties processes to each other: a parent's death, an errand, an exit code. Knows no torch."""
+"""What ties processes to each other: a parent's death, an errand. Knows no torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import sys
 PR_SET_PDEATHSIG = 1
 ERRAND_FILE = "CHATLM_ERRAND"
 """Environment variable that names the file where each of several ranks finds what it is to do."""
-LOST_A_PEER = 76
-"""Exit code of a rank that failed for want of another: EX_PROTOCOL of sysexits.h."""
 
 
 def die_with_parent(last_words: signal.Signals) -> None:

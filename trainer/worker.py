@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain
 from math import inf
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from autotune.errands import ERRAND, Dry, Errand, Follow, Preprocess, Trace, Train
+from autotune.errands import ERRAND, LOST_A_PEER, Dry, Errand, Follow, Preprocess, Trace, Train
 from autotune.errors import ConfigurationError, DataError, MachineError, UserError
 from autotune.plan import Device, Workload
 from trainer.attention import attention_of_processors
@@ -32,15 +32,17 @@ from trainer.dropout import fast_masks, mkl_draws
 from trainer.dry import take_dry_steps
 from trainer.fingerprints import Hashing
 from trainer.loop import train
-from trainer.memory import first_line, is_memory_error
+from trainer.memory import first_line, is_memory_error, tighten_heap
 from trainer.model import make_deterministic
 from trainer.ranks import ALONE, PeerLostError, Ranks, join
 from trainer.rows import RowFile
-from trainer.ties import ERRAND_FILE, LOST_A_PEER, die_with_parent
+from trainer.ties import ERRAND_FILE, die_with_parent
 from trainer.trace import trace
 
 OUT_OF_MEMORY_EXIT, CRASHED = 9, 1
 PEER_SECONDS = 1.0
+DRY_HEARTBEAT_SECONDS = 600.0
+"""Of ranks that only measure: a supervisor that still lives ends them before."""
 NO_COMPILE = "plan and train with --compile off; compiling takes a C++ compiler, and Triton on a card"
 
 
@@ -108,39 +110,54 @@ def _do(errand: Errand, events: Events) -> None:
             faster.enter_context(attention_of_processors())
             faster.enter_context(nullcontext() if mkl_draws() else fast_masks())
         if isinstance(errand, Dry):
-            events.send("result", result=take_dry_steps(errand).model_dump(mode="json"))
+            with _ranks_of(errand, events) as ranks:
+                measured = take_dry_steps(errand, ranks)
+                if ranks.leads:
+                    events.send("result", result=measured.model_dump(mode="json"))
         else:
-            _train_together(errand, events)
+            stopped = _Stop()
+            with _ranks_of(errand, events) as ranks:
+                _train_together(errand, events, stopped, ranks)
 
 
-def _train_together(errand: Train | Follow, events: Events) -> None:
-    """Train with the other ranks, if there are any; one that loses another leaves, which its launcher then explains."""
-    stopped = _Stop()
+@contextmanager
+def _ranks_of(errand: Dry | Train | Follow, events: Events) -> Iterator[Ranks]:
+    """Join the other ranks, if there are any; one that loses another leaves, which its launcher then explains."""
+    seconds = DRY_HEARTBEAT_SECONDS if isinstance(errand, Dry) else errand.heartbeat_seconds
 
     def lost(rank: int) -> None:
-        seconds = f"{errand.heartbeat_seconds:g} s"
-        events.send("error", type="MachineError", message=f"rank {rank} has given no sign of life for {seconds}",
+        events.send("error", type="MachineError", message=f"rank {rank} has given no sign of life for {seconds:g} s",
                     hint="go on from the last checkpoint: --resume")  # fmt: skip
         _leave(LOST_A_PEER)
 
-    device = torch.device(_device(errand))
+    if isinstance(errand, Dry) and errand.ranks == 1:  # whatever ranks the environment names
+        yield ALONE
+        return
     try:
-        with join(device, errand.backend, errand.heartbeat_seconds, lost) as ranks:
-            told = Train.model_validate_json(ranks.tell(errand.model_dump_json(by_alias=True)))
-            if isinstance(errand, Follow) and told.plan.workload.deterministic == "on":
-                make_deterministic()
-            if ranks.any(told.data_contents != errand.data_contents)[0]:
-                raise DataError("the ranks do not have the same data", "give each machine the same files")
-            if ranks.leads:
-                _train(told, events, stopped, ranks)
-            else:
-                here = errand.model_dump(include={"store", "validation_store", "tokenizer_dir"})
-                for _ in train(told.model_copy(update=here), stopped, ranks):
-                    pass
+        with join(torch.device(_device(errand)), errand.backend, seconds, lost) as ranks:
+            yield ranks
     except PeerLostError:
         traceback.print_exc()
         time.sleep(PEER_SECONDS)  # so that it is seen that the other was first
         _leave(LOST_A_PEER)
+
+
+def _train_together(errand: Train | Follow, events: Events, stopped: Callable[[], bool], ranks: Ranks) -> None:
+    """Train what the first rank was told."""
+    told = Train.model_validate_json(ranks.tell(errand.model_dump_json(by_alias=True)))
+    if isinstance(errand, Follow):  # which was started before there was a plan
+        if told.plan.workload.deterministic == "on":
+            make_deterministic()
+        if told.plan.workload.cpu_allocator == "tight":
+            tighten_heap()
+    if ranks.any(told.data_contents != errand.data_contents)[0]:
+        raise DataError("the ranks do not have the same data", "give each machine the same files")
+    if ranks.leads:
+        _train(told, events, stopped, ranks)
+        return
+    here = errand.model_dump(include={"store", "validation_store", "tokenizer_dir"})
+    for _ in train(told.model_copy(update=here), stopped, ranks):
+        pass
 
 
 def _train(errand: Train, events: Events, stopped: Callable[[], bool], ranks: Ranks = ALONE) -> None:

@@ -26,8 +26,8 @@ from test_ranks import after_steps, alive, launched, rank_processes, run_togethe
 from test_resume import memory_runs_out, not_a_number, run_while, stopping_at
 
 from autotune.errors import MachineError
-from trainer import checkpoint
-from trainer.checkpoint import find
+from trainer import manifest
+from trainer.manifest import find
 
 STEPS = 60
 EPOCHS = 20
@@ -105,7 +105,7 @@ def test_no_number_reaches_the_weights(family: str, where: str, tmp_path: Path, 
         folder = tmp_path / "run" / "checkpoints"
         for name in ("model.safetensors", "optimizer.safetensors"):
             before, after, later = (
-                checkpoint.verify(folder / checkpoint.name_of(s)).files[name].sha256 for s in (step - 1, step, step + 1)
+                manifest.verify(folder / manifest.name_of(s)).files[name].sha256 for s in (step - 1, step, step + 1)
             )
             assert before == after != later
         shutil.rmtree(errand.output_dir)
