@@ -62,7 +62,6 @@ def hardware(**changes: Any) -> Hardware:
         "device": "cuda",
         "device_name": "NVIDIA GeForce RTX 3080",
         "world_size": 2,
-        "local_world_size": 2,
         "device_memory_total_bytes": 20 * GIB,
         "device_memory_free_bytes": 20 * GIB - 512 * MIB,
         "host_memory_total_bytes": 64 * GIB,
@@ -75,7 +74,7 @@ def hardware(**changes: Any) -> Hardware:
         "others": (),
         "notes": (),
     }
-    return Hardware.model_validate(facts | changes)
+    return Hardware.model_validate(facts | {"local_world_size": changes.get("world_size", 2)} | changes)
 
 
 def processor(**changes: Any) -> Hardware:
@@ -84,7 +83,6 @@ def processor(**changes: Any) -> Hardware:
         "device": "cpu",
         "device_name": "AMD EPYC 7763",
         "world_size": 1,
-        "local_world_size": 1,
         "device_memory_total_bytes": 16 * GIB,
         "device_memory_free_bytes": 3 * GIB,
         "host_memory_total_bytes": 16 * GIB,

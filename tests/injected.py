@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from small_runs import VOCABULARY, Rows, of_kind
+from small_runs import VOCABULARY, Rows, going_on, of_kind, run, stopping_at
 
 from autotune.errands import Train
 from trainer import checkpoint
@@ -100,6 +100,12 @@ class Shortage:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
         return fail_once
+
+
+def run_struck(errand: Train, shortage: Shortage, resumed_at: int = 0, ranks: Ranks = ALONE) -> Rows:
+    """Train, first to a stop at a step if there is one, and from then on with less memory."""
+    before = run(errand, stopping_at(resumed_at), ranks) if resumed_at else []
+    return before + run_while(going_on(errand) if before else errand, shortage.on(ranks.rank, before), ranks)
 
 
 @contextmanager

@@ -29,20 +29,14 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 import torch
 from autotune.errands import ERRAND
-from injected import Shortage, run_while
-from small_runs import going_on, of_kind, run, stopping_at
+from injected import Shortage, run_struck
 from trainer.ranks import join
 
 torch.set_num_threads(1)
 with join(torch.device("cpu"), "gloo", 60.0, print) as ranks:
     for line in Path(sys.argv[1]).read_text().splitlines():
-        errand, struck, resumed_at = json.loads(line)
-        errand, rows = ERRAND.validate_python(errand), []
-        if resumed_at:
-            rows = run(errand, stopping_at(resumed_at), ranks)
-            errand = going_on(errand)
-        shortage = Shortage(**struck)
-        rows += run_while(errand, shortage.on(ranks.rank, rows), ranks)
+        errand, shortage, resumed_at = json.loads(line)
+        rows = run_struck(ERRAND.validate_python(errand), Shortage(**shortage), resumed_at, ranks)
         if ranks.leads:
             print(json.dumps(rows), flush=True)
 """
