@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -20,6 +21,21 @@ GIVEN_BACK_SECONDS = 10.0
 NOISE_BYTES = 64 * 2**20
 """By which the free memory of a card varies with what others do on it."""
 GIB = 2**30
+KILLED = -9
+"""Exit code of a process that signal 9 ended."""
+UNMEASURED: dict[str, Any] = {
+    "peak_bytes": None,
+    "phases": {},
+    "resident_bytes": None,
+    "host_peak_bytes": None,
+    "timings": (),
+    "timed": (),
+    "evaluation_seconds": None,
+    "expected_peak_bytes": None,
+    "inexact": (),
+    "matrix_flops": {},
+}
+"""Of a trial that did not complete, what a report would tell."""
 
 
 def trace_sizes(
@@ -96,56 +112,49 @@ def try_size(
     A worker that holds more than the limit on a processor is ended before the system's own killer has to. Death by
     signal 9 is the fact "does not fit". Raises WorkerCrashedError for any other death: that is a bug, not a size.
     """
-    report: DryReport | None = None
-    outcome: Outcome | None = None
-    message, was_killed = "", False
     with worker or Worker(hardware.cores, errand.workload.cpu_allocator, ranks=errand.ranks) as worker:
         worker.give(errand)
-        for event in worker.poll():
-            if event is None:
-                if hardware.device == "cpu" and (held := worker.held_bytes()) > errand.limit_bytes:
-                    outcome, message = "out_of_memory", f"held {held / GIB:.2f} GiB when it was stopped"
-                elif time_limit_seconds is not None and worker.seconds > time_limit_seconds:
-                    outcome, message = "timed_out", f"not done after {time_limit_seconds:.0f} s"
-                if outcome is not None:
-                    worker.kill()
-                    break
-            elif event["event"] == "result":
-                report = _report(event)
-            elif event["event"] == "out_of_memory":
-                outcome, message = "out_of_memory", str(event["message"])
-            elif event["event"] == "rank_failed":
-                was_killed = event["exit_code"] == -9
-        if outcome is None and report is None:
-            if not (was_killed or worker.was_killed):
-                raise WorkerCrashedError(
-                    f"the dry step of {errand.micro_batch_size} rows ended with exit code {worker.exit_code}:\n"
-                    + worker.last_words()
-                )
-            outcome, message = "killed", "signal 9, as an out-of-memory killer sends it"
+        outcome, message, report = _watch(worker, errand, time_limit_seconds)
         seconds = worker.seconds
-    if outcome is not None and hardware.device == "cuda":
+    if outcome != "completed" and hardware.device == "cuda":
         message += _wait_for_memory(hardware.device_memory_free_bytes)
-    known = report if outcome is None else None
     return Trial(
         micro_batch_size=errand.micro_batch_size,
         cpu_allocator=errand.workload.cpu_allocator,
         gradient_checkpointing=errand.workload.gradient_checkpointing,
-        verified=known.verified if known else errand.verify,
-        outcome=outcome or "completed",
-        peak_bytes=known.peak_bytes if known else None,
+        outcome=outcome,
         predicted_peak_bytes=predicted_peak_bytes,
-        phases=known.phases if known else {},
-        resident_bytes=known.resident_bytes if known else None,
-        host_peak_bytes=known.host_peak_bytes if known else None,
-        timings=known.timings if known else (),
-        timed=known.timed if known else (),
-        evaluation_seconds=known.evaluation_seconds if known else None,
-        expected_peak_bytes=known.expected_peak_bytes if known else None,
-        inexact=known.inexact if known else (),
-        matrix_flops=known.matrix_flops if known else {},
         seconds=seconds,
         message=message,
+        **(dict(report) if report else UNMEASURED | {"verified": errand.verify}),
+    )
+
+
+def _watch(worker: Worker, errand: Dry, time_limit_seconds: float | None) -> tuple[Outcome, str, DryReport | None]:
+    """Wait for the end of a worker; return what became of it, why, and what it measured if it completed."""
+    report: DryReport | None = None
+    killed = False
+    for event in worker.poll():
+        if event is None:
+            if errand.device == "cpu" and (held := worker.held_bytes()) > errand.limit_bytes:
+                worker.kill()
+                return "out_of_memory", f"held {held / GIB:.2f} GiB when it was stopped", None
+            if time_limit_seconds is not None and worker.seconds > time_limit_seconds:
+                worker.kill()
+                return "timed_out", f"not done after {time_limit_seconds:.0f} s", None
+        elif event["event"] == "result":
+            report = _report(event)
+        elif event["event"] == "out_of_memory":
+            return "out_of_memory", str(event["message"]), None
+        elif event["event"] == "rank_failed":
+            killed = event["exit_code"] == KILLED
+    if report is not None:
+        return "completed", "", report
+    if killed or worker.was_killed:
+        return "killed", "signal 9, as an out-of-memory killer sends it", None
+    raise WorkerCrashedError(
+        f"the dry step of {errand.micro_batch_size} rows ended with exit code {worker.exit_code}:\n"
+        + worker.last_words()
     )
 
 

@@ -57,34 +57,15 @@ def train(job: Job, run: RunPlace, lock: int, going: Going) -> None:
 
     The worker holds the run's folder too, by `lock`.
     """
-    facts, folder = job.facts, run.folder
-    assert facts.data is not None
-    assert facts.tokenizer_dir is not None
-    assert facts.ids is not None
-    errand = Train(
-        plan=job.plan,
-        recipe=make_recipe(job.settings, job.plan.workload.stage),
-        store=facts.data.store,
-        validation_store=facts.validation.store if facts.validation else None,
-        tokenizer_dir=facts.tokenizer_dir,
-        ids=facts.ids,
-        output_dir=str(folder),
-        data_contents=facts.data.contents,
-        saving=make_saving(job.settings),
-        resume=run.resume,
-        backend=choose_backend(job.settings),
-        heartbeat_seconds=job.settings.heartbeat,
-        tensorboard=job.settings.report_to == "tensorboard",
-    )
     ranks = job.plan.batching.world_size if going.launches else 1
     allocator, kills = job.plan.workload.cpu_allocator, count_memory_kills()
     with (
-        (folder / "log.txt").open("a+b" if run.resume else "w+b") as log,
+        (run.folder / "log.txt").open("a+b" if run.resume else "w+b") as log,
         Worker(job.hardware.cores, allocator, log, (lock,), ranks) as worker,
         _signals_to(worker) as signals,
         RunProgress() as progress,
     ):
-        worker.give(errand)
+        worker.give(_errand(job, run))
         failed: Event = {}
         for event in worker.events():
             if event["event"] == "metrics":
@@ -103,6 +84,28 @@ def train(job: Job, run: RunPlace, lock: int, going: Going) -> None:
         raise typer.Exit(STOPPED)
     if signals and not progress.steps:
         raise typer.Exit(128 + signals[0])
+
+
+def _errand(job: Job, run: RunPlace) -> Train:
+    facts, settings = job.facts, job.settings
+    assert facts.data is not None
+    assert facts.tokenizer_dir is not None
+    assert facts.ids is not None
+    return Train(
+        plan=job.plan,
+        recipe=make_recipe(settings, job.plan.workload.stage),
+        store=facts.data.store,
+        validation_store=facts.validation.store if facts.validation else None,
+        tokenizer_dir=facts.tokenizer_dir,
+        ids=facts.ids,
+        output_dir=str(run.folder),
+        data_contents=facts.data.contents,
+        saving=make_saving(settings),
+        resume=run.resume,
+        backend=choose_backend(settings),
+        heartbeat_seconds=settings.heartbeat,
+        tensorboard=settings.report_to == "tensorboard",
+    )
 
 
 def follow(settings: Settings, facts: Preprocessed, hardware: Hardware) -> None:

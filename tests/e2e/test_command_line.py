@@ -245,6 +245,9 @@ def test_levers_and_profiles_are_tabled_by_the_trace(dialogues: Path, chatlm: Co
     for profile in ("small", "fast", "standard", "auto"):
         assert f"~ {profile} " in done.stdout
     assert "The least time for an epoch" in done.stdout
+    done = chatlm(*card, "--ranks", 2)
+    assert done.returncode == 2
+    assert "hint: give --gpus 2 in place of --ranks" in done.stderr
 
 
 @pytest.mark.parametrize(
