@@ -63,6 +63,8 @@ LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "true"}
 TAIL_BYTES = 4000
 POLL_SECONDS = 0.02
+GONE_SECONDS = 5.0
+"""That a killed process has to give back what it held."""
 
 
 class Worker:
@@ -198,13 +200,17 @@ class Worker:
         self._process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT))
 
     def kill(self) -> None:
-        """End it at once, with all that it started; nothing where it has ended."""
+        """End it at once, with all that it started, and see them gone; nothing where it has ended."""
         if self._process.poll() is not None:
             return
+        children: list[psutil.Process] = []
         with contextlib.suppress(psutil.Error):
-            for child in psutil.Process(self._process.pid).children(recursive=True):
+            children = psutil.Process(self._process.pid).children(recursive=True)
+        for child in children:
+            with contextlib.suppress(psutil.Error):
                 child.kill()
         self._process.kill()
+        psutil.wait_procs(children, timeout=GONE_SECONDS)
 
     def last_words(self) -> str:
         """Return the end of what it wrote to stderr."""
