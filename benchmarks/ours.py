@@ -30,7 +30,8 @@ def main() -> None:
     )  # fmt: skip
     request = Request(
         effective_batch_size=errand["effective_batch_size"], micro_batch_size=None, prefer="largest",
-        checkpointing="given", layout="given", compile="given", memory_limit_bytes=None, headroom=None, offline=False,
+        checkpointing="given", layout="given", compile="given", memory_limit_bytes=None, headroom=None, backend=None,
+        offline=False,
     )  # fmt: skip
     workload = Workload.model_validate(errand["workload"])
     with Workers() as workers:

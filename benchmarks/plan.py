@@ -255,7 +255,7 @@ def run(case: Case, hardware: Hardware) -> Iterator[Row]:
 def at_limit(case: Case, work: Workload, hardware: Hardware, limit: int, folder: Path) -> Row:
     request = Request(
         effective_batch_size=SHARE, micro_batch_size=None, prefer="largest", checkpointing="given", layout="given",
-        compile="given", memory_limit_bytes=limit, headroom=None, offline=False,
+        compile="given", memory_limit_bytes=limit, headroom=None, backend=None, offline=False,
     )  # fmt: skip
     began = time.perf_counter()
     with Workers() as workers:

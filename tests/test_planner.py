@@ -126,6 +126,7 @@ def planner_on(machine: Machine, hardware: Hardware = CARD, **changes: Any) -> P
         "checkpointing": "given",
         "layout": "given",
         "compile": "given",
+        "backend": None,
         "offline": False,
         "data": None,
         "work": workload("llama", cpu_allocator="fast" if hardware.device == "cpu" else "tight"),
@@ -275,7 +276,8 @@ def test_a_card_with_room_in_a_host_without_is_refused_with_the_hosts_numbers() 
     machine.host_bytes = 8 * GIB
     plan_on(machine)
     with pytest.raises(NothingFitsError, match=r"16\.00 GiB for 2 ranks"):
-        plan_on(machine, CARD.model_copy(update={"world_size": 2}))
+        plan_on(machine, CARD.model_copy(update={"world_size": 2, "local_world_size": 2}))
+    plan_on(machine, CARD.model_copy(update={"world_size": 2}))  # the other is on another machine
     shared = CARD.model_copy(update={"device_memory_total_bytes": CARD.host_memory_total_bytes})
     with pytest.raises(NothingFitsError, match=r"GiB of the card's"):
         plan_on(Machine(5 * GIB, MIB), shared.model_copy(update={"host_memory_available_bytes": 6 * GIB}))

@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_an_older_one_that_is_named_move
     third = run(going_on(errand, place=str(folder / "step-00000002")), stopping_at(3))
     assert losses(third) == losses(rows)[2:3]
     moved = [Path(place).name for place in of_kind(third, "resumed")[0]["given_up"]]
-    assert moved == ["step-00000009", "step-00000008", "step-00000006", "step-00000004"]
+    assert moved == ["step-00000009", "step-00000008", "step-00000006", "step-00000004", "step-00000003"]
     assert {p.name for p in folder.iterdir()} == {"step-00000002", "step-00000003"}
     given_up = {p.name for p in (tmp_path / "run" / "checkpoints-given-up").iterdir()}
     assert given_up >= {"step-00000006", "step-00000008"}
