@@ -270,7 +270,7 @@ def test_a_card_with_room_in_a_host_without_is_refused_with_the_hosts_numbers() 
     machine = Machine(GIB, MIB)
     machine.host_bytes = 12 * GIB  # 11.4 remain of 12
     with pytest.raises(
-        NothingFitsError, match=r"12\.10 GiB of host memory \(12\.00 GiB for 1 ranks, 0\.10 .* 11\.40 GiB"
+        NothingFitsError, match=r"12\.10 GiB of host memory \(12\.00 GiB for 1 ranks here, 0\.10 .* 11\.40 GiB"
     ):
         plan_on(machine)
     machine.host_bytes = 8 * GIB
