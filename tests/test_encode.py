@@ -492,3 +492,29 @@ def test_too_long_a_prompt_leaves_room_for_an_answer(task: Any, stage: Any, kept
 def test_a_prompt_of_nothing_is_still_one() -> None:
     encoder = Encoder(word_tokenizer(begin=None), "causal", "pretrain", 8, 8)
     assert words(encoder.prompt("")) == "</s>"
+
+
+UNMARKED = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+"""No special token stands before a turn, so that its beginning is merged with what stands before it."""
+
+
+@pytest.mark.parametrize("template", ["its own", "unmarked"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_left_of_a_long_conversation_is_tokenized_as_if_it_stood_alone(
+    name: str, template: str, tokenizers: dict[str, Any], real_conversations: list[Record], monkeypatch: Any
+) -> None:
+    if template == "unmarked":
+        monkeypatch.setattr(tokenizers[name], "chat_template", UNMARKED)
+    asked = Turn("system", "用中文回答。 Answer ")
+    records = [Record(r.place, (asked, *r.turns) if i % 2 else r.turns) for i, r in enumerate(real_conversations[-60:])]
+    encoder = Encoder(tokenizers[name], "causal", "sft", 300, 0)
+    dropped = 0
+    for record, sample in zip(records, encoder.encode(records), strict=True):
+        system = record.turns[: record.turns[0].role == "system"]
+        left = Record(record.place, (*system, *record.turns[-2 * len(sample.spans) :]))
+        dropped += len(left.turns) < len(record.turns)
+        assert sample == next(Encoder(tokenizers[name], "causal", "sft", 300, 0).encode([left])), record.place
+    assert dropped > 20

@@ -41,6 +41,28 @@ class Sample:
     spans: list[tuple[int, int]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """Turns as text and as tokens, perhaps without a piece of what was tokenized; no answer stands before that."""
+
+    turns: Sequence[Turn]
+    text: str
+    tokens: list[int]
+    encoding: Any
+    tokens_gone: int = 0
+    characters_gone: int = 0
+
+    def token_at(self, place: int) -> int:
+        """Return the first token that begins at this character or later; never the first, which nothing predicts."""
+        encoding, place = self.encoding, place + self.characters_gone
+        found = encoding.char_to_token(place)
+        if found is None:  # a blank that no token has, or the end
+            found = bisect_left(range(len(encoding)), place, key=lambda i: encoding.token_to_chars(i)[0])
+        elif encoding.token_to_chars(found)[0] < place:
+            found += 1
+        return max(1, int(found) - self.tokens_gone)
+
+
 def end_ids(tokenizer: PreTrainedTokenizerFast, task: Task, stage: Stage) -> int | tuple[int, ...]:
     """Return the ids at which generation has to stop: the end token, and what a chat template ends an answer with."""
     end = int(tokenizer.eos_token_id)
@@ -77,6 +99,8 @@ class Encoder:
         self._given = {"tools": None, "documents": None, **self.tokenizer.special_tokens_map}
         special = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         self._end = re.compile(r"\s*(?:" + "|".join(map(re.escape, special)) + ")")
+        # What stands on either side of one of these is tokenized alone, whatever stands on the other.
+        self._walls = {i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special and not t.single_word}
 
     def encode(self, records: Iterable[Record]) -> Iterator[Sample]:
         """Encode records in their order; a document may give several samples, any other row gives one."""
@@ -148,36 +172,56 @@ class Encoder:
         encodings = self._tokenize(texts, places=True)
         for record, turns, text, encoding in zip(records, exchanges, texts, encodings, strict=True):
             self._see(record, len(encoding))
-            if len(encoding) <= self.max_seq_len:
-                yield self._sample(record, turns, text, encoding)
-            else:
-                yield self._cut(self._sample(record, *self._drop_oldest(record, turns, text, encoding)))
+            whole = _Rendered(turns, text, encoding.ids, encoding)
+            if len(encoding) > self.max_seq_len:
+                whole = self._drop_oldest(record, whole)
+            yield self._cut(self._sample(record, whole))
 
     def _see(self, record: Record, tokens: int) -> None:
         if tokens > self.longest[0]:
             self.longest = (tokens, record.place)
 
-    def _drop_oldest(
-        self, record: Record, turns: Sequence[Turn], text: str, encoding: Any
-    ) -> tuple[Sequence[Turn], str, Any]:
+    def _drop_oldest(self, record: Record, whole: _Rendered) -> _Rendered:
         """Drop as few whole oldest exchanges as make the others fit, or all but the last."""
-        shorter = _without_oldest(turns)
+        turns, shorter = whole.turns, _without_oldest(whole.turns)
         if not shorter:
-            return turns, text, encoding
+            return whole
         self.cuts["dropped_turns"] += 1
 
         @cache
-        def tokenized(i: int) -> tuple[str, Any]:
+        def rendered(i: int) -> _Rendered:
             text = self._template(record, shorter[i], prompt=False)
-            return text, self._tokenize([text], places=True)[0]
+            return self._taken_out(whole, shorter[i], text) or self._rendered(shorter[i], text)
 
-        # A text is about as many tokens as its share of the characters: so a few are tokenized, and those are short.
-        room = sum(len(turn.content) + FRAME for turn in turns) * self.max_seq_len / len(encoding)
+        # A text is about as many tokens as its share of the characters: so a few are looked at, and those are short.
+        room = sum(len(turn.content) + FRAME for turn in turns) * self.max_seq_len / len(whole.tokens)
         sizes = [*accumulate(len(turn.content) + FRAME for turn in reversed(turns))]
         guess = bisect_left(shorter, True, key=lambda turns: sizes[len(turns) - 1] <= room)
         last = len(shorter) - 1
-        i = _first(last, min(guess, last), lambda i: len(tokenized(i)[1]) <= self.max_seq_len)
-        return shorter[i], *tokenized(i)
+        return rendered(_first(last, min(guess, last), lambda i: len(rendered(i).tokens) <= self.max_seq_len))
+
+    def _rendered(self, turns: Sequence[Turn], text: str) -> _Rendered:
+        (encoding,) = self._tokenize([text], places=True)
+        return _Rendered(turns, text, encoding.ids, encoding)
+
+    def _taken_out(self, whole: _Rendered, turns: Sequence[Turn], text: str) -> _Rendered | None:
+        """Tokenize a text that is the whole without a piece, by leaving out its tokens: exact between special tokens.
+
+        None where the text is no such one, or its piece does not begin and end at the same special token.
+        """
+        encoding, ids = whole.encoding, whole.tokens
+        for first, token in enumerate(ids):
+            if token not in self._walls:
+                continue
+            start = encoding.token_to_chars(first)[0]
+            if not whole.text.startswith(text[:start]):
+                return None
+            if whole.text.endswith(text[start:]):
+                gone = len(whole.text) - len(text)
+                end = encoding.char_to_token(start + gone)
+                if end is not None and ids[end] == token and encoding.token_to_chars(end)[0] == start + gone:
+                    return _Rendered(turns, text, ids[:first] + ids[end:], encoding, end - first, gone)
+        return None
 
     def _cut(self, sample: Sample) -> Sample:
         """Cut the prompt's left, to a quarter of the limit; then the last answer's end."""
@@ -191,9 +235,9 @@ class Encoder:
         end = min(end, cut + self.max_seq_len)
         return Sample(sample.tokens[cut:end], [(start - cut, end - cut)])
 
-    def _sample(self, record: Record, turns: Sequence[Turn], text: str, encoding: Any) -> Sample:
+    def _sample(self, record: Record, rendered: _Rendered) -> Sample:
         """Find each answer with its end token: in the text by the template, in the tokens by their characters."""
-        spans = []
+        turns, text, spans = rendered.turns, rendered.text, []
         for i, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
@@ -208,8 +252,8 @@ class Encoder:
                 )
             after = at + len(content)
             ending = self._end.match(text, after)
-            spans.append((_token_at(encoding, len(before)), _token_at(encoding, ending.end() if ending else after)))
-        return Sample(encoding.ids, spans)
+            spans.append((rendered.token_at(len(before)), rendered.token_at(ending.end() if ending else after)))
+        return Sample(rendered.tokens, spans)
 
     def _template(self, record: Record, turns: Sequence[Turn], *, prompt: bool) -> str:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
@@ -248,11 +292,6 @@ def _without_oldest(turns: Sequence[Turn]) -> list[tuple[Turn, ...]]:
     system = int(turns[0].role == "system")
     later = range(system + 1, len(turns))
     return [(*turns[:system], *turns[i:]) for i in later if turns[i].role == "user"]
-
-
-def _token_at(encoding: Any, place: int) -> int:
-    """Return the first token that begins at this character or later, never the very first: nothing predicts that."""
-    return max(1, bisect_left(range(len(encoding)), place, key=lambda i: encoding.token_to_chars(i)[0]))
 
 
 def _first(last: int, guess: int, holds: Callable[[int], bool]) -> int:
