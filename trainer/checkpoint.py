@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,8 @@ def save(checkpoints: Path, state: TrainState, progress: Progress, origin: Origi
             f"{target} could not be saved: {said}",
             f"free some of the {'memory' if of_memory else 'disk'}; what was saved before is still there",
         ) from None
-    _rotate(checkpoints, keep_last, progress.best.step)
+    with suppress(OSError):  # the new one is there: what is older goes after a later save
+        _rotate(checkpoints, keep_last, progress.best.step)
     return target
 
 

@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from itertools import cycle, product
 from pathlib import Path
@@ -31,16 +30,6 @@ from trainer.manifest import find
 STEPS = 60
 EPOCHS = 20
 """Of three steps each."""
-
-
-@pytest.fixture
-def tell(request: pytest.FixtureRequest) -> Any:
-    """Say how many trials held: a line that `pytest -rP` shows."""
-
-    def told(trials: int) -> None:
-        sys.stdout.write(f"{request.node.name}: {trials} of {trials}\n")
-
-    return told
 
 
 @pytest.mark.parametrize("micro_batch_size", [2, 8])

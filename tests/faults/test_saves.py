@@ -1,0 +1,227 @@
+"""A save that is broken at each of its system calls: killed, refused by the disk, or without power."""
+
+from __future__ import annotations
+
+import random
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import facts
+import pytest
+from conftest import some, trials
+from power import Disk, recorded
+from small_runs import Rows, going_on, losses, run, small_errand, weights
+from traced import Work, each_call, inject, needs_strace, strace
+
+from autotune.errands import Train
+from autotune.errors import MachineError
+from trainer import checkpoint, manifest
+from trainer.manifest import find, name_of
+
+pytestmark = needs_strace
+STEP, BEFORE = 8, 6
+"""The save that is broken, and the one before it."""
+SAVED = "saved"
+
+
+@dataclass
+class Saving:
+    """A run in the moment when it saves: what it is of, and its save into a copy of its folder."""
+
+    errand: Train
+    rows: Rows
+    """Of the same run, left alone."""
+    weights: str
+    folder: Path
+    commit: Callable[[Path], Path]
+
+    def copy(self, name: str, *, over_damaged: bool = False) -> Path:
+        """Copy the run as it lies; perhaps there is a checkpoint of this step already, one that is damaged."""
+        folder = self.folder.with_name(name)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.folder, folder)
+        if over_damaged:
+            last = folder / manifest.FOLDER
+            shutil.copytree(last / name_of(BEFORE), last / name_of(STEP))
+        return folder
+
+    def into(self, folder: Path) -> Work:
+        """Return the save as work, which says SAVED, or the sentence of a save that failed."""
+
+        def work() -> str:
+            try:
+                self.commit(folder / manifest.FOLDER)
+            except MachineError as error:
+                return f"{error.message}; hint: {error.hint}"
+            return SAVED
+
+        return work
+
+    def check_goes_on(self, folder: Path) -> None:
+        """Resume: every further loss and the weights are those of the run that was left alone."""
+        rows = run(going_on(self.errand.model_copy(update={"output_dir": str(folder)})))
+        done = rows[0]["step"]
+        assert done in (BEFORE, STEP)
+        assert losses(rows) == [row for row in losses(self.rows) if row[0] > done]
+        assert weights(folder) == self.weights
+
+
+@pytest.fixture
+def in_a_save(tmp_path: Path) -> Callable[[Callable[[Saving], None]], None]:
+    """Run to a save, and do something there."""
+    errand = small_errand(tmp_path, "llama", saving=facts.saving(every_steps=2, keep_last=2))
+    alone = errand.model_copy(update={"output_dir": str(tmp_path / "alone")})
+    rows = run(alone)
+    reached: list[int] = []
+
+    def begin(work: Callable[[Saving], None]) -> None:
+        real = checkpoint.save
+
+        def save(checkpoints: Path, state: Any, progress: Any, origin: Any, keep_last: int) -> Path:
+            if progress.step == STEP and not reached:  # the runs that go on save too
+                reached.append(STEP)
+                saved_into = lambda place: real(place, state, progress, origin, keep_last)  # noqa: E731
+                work(Saving(errand, rows, weights(tmp_path / "alone"), checkpoints.parent, saved_into))
+            return real(checkpoints, state, progress, origin, keep_last)
+
+        with patch.object(checkpoint, "save", save):
+            run(errand)
+        assert reached
+
+    return begin
+
+
+@pytest.mark.parametrize("over_damaged", [False, True])
+def test_killed_at_every_system_call_of_a_save(over_damaged: bool, in_a_save: Any, tmp_path: Path, tell: Any) -> None:
+    """Every second one is killed again, as it clears up what was left."""
+    random.seed(4)
+
+    def strike(saving: Saving) -> None:
+        calls = strace(saving.into(saving.copy("seen", over_damaged=over_damaged)), [], tmp_path).calls
+        places = some(each_call(calls), 12)
+        for number, (call, place) in enumerate(places):
+            folder = saving.copy("killed", over_damaged=over_damaged)
+            killed = strace(saving.into(folder), inject(call, "signal=KILL", place), tmp_path)
+            assert killed.code == -signal.SIGKILL, (call, place)
+            if number % 2:
+                clear_up = partial(checkpoint.recover, folder / manifest.FOLDER)
+                strace(clear_up, inject("all", "signal=KILL", random.randint(1, 9)), tmp_path)
+            saving.check_goes_on(folder)
+        tell(len(places))
+
+    in_a_save(strike)
+
+
+WRITING = ("openat", "write", "ftruncate", "fsync", "rename,renameat", "mkdir", "unlinkat,rmdir")
+"""Calls by which a save changes the disk, as strace names them."""
+READING = ("newfstatat", "read", "getdents64", "statfs", "close", "lseek")
+
+
+@pytest.mark.parametrize("error", ["ENOSPC", "EIO", "EROFS", "EDQUOT"])
+def test_a_disk_that_refuses_any_call_of_a_save(error: str, in_a_save: Any, tmp_path: Path, tell: Any) -> None:
+    """Once, or from then on: what was there is whole, the sentence says why, and the next save succeeds."""
+    calls = WRITING + (READING if error == "EIO" else ())
+
+    def strike(saving: Saving) -> None:
+        struck = 0
+        for call in calls:
+            for place in range(1, trials(3, 1000)):
+                if not refuse(saving, call, place, onwards=False):
+                    break
+                refuse(saving, call, place, onwards=True)
+                struck += 2
+        assert struck > 20
+        tell(struck)
+
+    def refuse(saving: Saving, call: str, place: int, *, onwards: bool) -> bool:
+        """Return whether the save has such a call at all."""
+        folder = saving.copy("refused")
+        ended = strace(saving.into(folder), inject(call, f"error={error}", place, onwards=onwards), tmp_path)
+        assert ended.struck or ended.said == SAVED
+        found = find(folder)
+        assert found is not None
+        assert found.folder.name == name_of(STEP if ended.said == SAVED else BEFORE), (call, place)
+        if ended.said != SAVED:
+            check_sentence(ended.said, folder)
+            assert saving.into(folder)() == SAVED
+            assert manifest.verify(folder / manifest.FOLDER / name_of(STEP))
+        if ended.struck:
+            saving.check_goes_on(folder)
+        return ended.struck
+
+    in_a_save(strike)
+
+
+def test_a_disk_that_takes_a_part_of_what_is_written(in_a_save: Any, tmp_path: Path, tell: Any) -> None:
+    """Files of at most so many bytes (RLIMIT_FSIZE): the kernel takes a short write, then refuses the rest."""
+
+    def strike(saving: Saving) -> None:
+        saving.into(saving.copy("seen"))()
+        largest = max(p.stat().st_size for p in (saving.folder.with_name("seen") / manifest.FOLDER).glob("*/*"))
+        sizes = [largest * i // trials(12, 60) for i in range(1, trials(12, 60))]
+        for size in sizes:
+            folder = saving.copy("short")
+
+            def limited(folder: Path = folder, size: int = size) -> object:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+                return saving.into(folder)()
+
+            check_sentence(strace(limited, [], tmp_path).said, folder)
+            found = find(folder)
+            assert found is not None
+            assert found.folder.name == name_of(BEFORE)
+            saving.check_goes_on(folder)
+        tell(len(sizes))
+
+    in_a_save(strike)
+
+
+@pytest.mark.parametrize("over_damaged", [False, True])
+def test_power_that_is_lost_at_any_moment_of_a_save(
+    over_damaged: bool, in_a_save: Any, tmp_path: Path, tell: Any
+) -> None:
+    """After every operation: with all that was not synced, with none of it, and with any part of it."""
+    random.seed(5)
+
+    def strike(saving: Saving) -> None:
+        folder = saving.copy("seen", over_damaged=over_damaged)
+        before = Disk(folder / manifest.FOLDER)
+        operations = recorded(saving.into(folder), folder / manifest.FOLDER, tmp_path)
+        whole = {name: contents(folder / manifest.FOLDER / name) for name in map(name_of, (BEFORE, STEP))}
+        states = {
+            state
+            for length in range(len(operations) + 1)
+            for state in before.states(operations[:length], trials(10, 200))
+        }
+        after = set(before.states(operations, trials(10, 200)))
+        for state in states | after:
+            lost = tmp_path / "lost"
+            shutil.rmtree(lost, ignore_errors=True)
+            state.lay_out(lost / manifest.FOLDER)
+            checkpoint.recover(lost / manifest.FOLDER)
+            found = find(lost)
+            assert found is not None
+            assert contents(found.folder) == whole[found.folder.name], "a mix"
+            if state in after:
+                assert found.folder.name == name_of(STEP), "it was said to be saved"
+        assert len(states) > trials(50, 800)
+        tell(len(states | after))
+
+    in_a_save(strike)
+
+
+def check_sentence(said: str, folder: Path) -> None:
+    assert said.startswith(f"{folder / manifest.FOLDER / name_of(STEP)} could not be saved: "), said
+    assert said.endswith("what was saved before is still there")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
