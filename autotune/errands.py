@@ -196,7 +196,7 @@ class DryReport(Fact):
 
     verified: bool
     """Whether all dry steps were taken."""
-    peak_bytes: int
+    peak_bytes: PositiveInt
     """On CUDA what the allocator reserved, context included; the phases say what of it was allocated."""
     phases: dict[str, int]
     resident_bytes: int

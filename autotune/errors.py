@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class UserError(Exception):
     """Something the user can cause and mend.
@@ -51,6 +53,23 @@ class RunExistsError(UserError):
     """The output folder already holds a run."""
 
     exit_code = 5
+
+
+DISK = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "ENAMETOOLONG", "ENOTDIR", "EISDIR")
+    if hasattr(errno, name)
+}
+
+
+def disk_error(error: OSError, place: object = None) -> MachineError | None:
+    """Say what a disk refused, in a sentence; None where it is no disk that did."""
+    if error.errno not in DISK:
+        return None
+    return MachineError(
+        f"{error.filename or place or 'a file'}: {error.strerror}",
+        "free some of the disk, or give folders that can be written: --output-dir, and XDG_CACHE_HOME for the cache",
+    )
 
 
 KINDS: dict[str, type[UserError]] = {

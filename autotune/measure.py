@@ -17,6 +17,8 @@ from autotune.plan import CpuAllocator, Hardware, Outcome, Trial, Workload
 from autotune.process import Worker, WorkerCrashedError, ask
 
 TIME_LIMIT_SECONDS = 600.0
+SILENT_SECONDS = 60.0
+"""Without any processor time used, after which a worker hangs: it was stopped, or waits for what does not come."""
 GIVEN_BACK_SECONDS = 10.0
 NOISE_BYTES = 64 * 2**20
 """By which the free memory of a card varies with what others do on it."""
@@ -53,10 +55,10 @@ def trace_sizes(
             workloads=tuple(workloads),
             micro_batch_sizes=micro_batch_sizes,
         )
-        events = (event for event in ask(errand, hardware.cores) if event["event"] == "result")
+        events = (event for event in ask(errand, hardware.cores, SILENT_SECONDS) if event["event"] == "result")
         for event in events:
-            reports.append(TraceReport.model_validate(event["result"]))  # noqa: PERF401 # those before a crash count
-    except WorkerCrashedError:
+            reports.append(TraceReport.model_validate(event.get("result")))  # noqa: PERF401 # those before a crash count
+    except (WorkerCrashedError, ValidationError):
         pass
     return reports
 
@@ -134,7 +136,7 @@ def _watch(worker: Worker, errand: Dry, time_limit_seconds: float | None) -> tup
     """Wait for the end of a worker; return what became of it, why, and what it measured if it completed."""
     report: DryReport | None = None
     killed = False
-    for event in worker.poll():
+    for event in worker.poll(SILENT_SECONDS):
         if event is None:
             if errand.device == "cpu" and (held := worker.held_bytes()) > errand.limit_bytes:
                 worker.kill()
@@ -145,9 +147,9 @@ def _watch(worker: Worker, errand: Dry, time_limit_seconds: float | None) -> tup
         elif event["event"] == "result":
             report = _report(event)
         elif event["event"] == "out_of_memory":
-            return "out_of_memory", str(event["message"]), None
+            return "out_of_memory", str(event.get("message", "")), None
         elif event["event"] == "rank_failed":
-            killed = event["exit_code"] == KILLED
+            killed = event.get("exit_code") == KILLED
     if report is not None:
         return "completed", "", report
     if killed or worker.was_killed:
@@ -170,6 +172,6 @@ def _wait_for_memory(free_before: int, read_free: Callable[[], int | None] = fre
 
 def _report(event: dict[str, object]) -> DryReport | None:
     try:
-        return DryReport.model_validate(event["result"])
+        return DryReport.model_validate(event.get("result"))
     except ValidationError:
         return None

@@ -27,9 +27,9 @@ Outcome = Literal["completed", "out_of_memory", "killed", "timed_out"]
 
 
 class Fact(BaseModel):
-    """A frozen value with named fields; an unknown field is an error."""
+    """A frozen value with named fields; an unknown field is an error, and so is a number that is none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Workload(Fact):

@@ -14,9 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryFile
 from types import TracebackType
 from typing import IO, Any
 
@@ -62,6 +61,9 @@ LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "true"}
 TAIL_BYTES = 4000
+"""Of what a worker says on stderr, its last words: all else is read and let go, however much it is."""
+MOST_LINES, MOST_LINE_BYTES = 1000, 64 * MIB
+"""Events that wait to be read, and how long one may be: a library that shouts on our line fills no memory."""
 POLL_SECONDS = 0.02
 GONE_SECONDS = 5.0
 """That a killed process has to give back what it held."""
@@ -82,10 +84,10 @@ class Worker:
         inherits: tuple[int, ...] = (),
         ranks: int = 1,
     ) -> None:
-        self.allocator, self._own_log = allocator, log is None
+        self.allocator = allocator
         self._processes = 1 if ranks == 1 else 1 + ranks
         self._process_ids: list[int] = []
-        self._log: IO[bytes] = log or TemporaryFile()  # noqa: SIM115 # closed when the worker is left
+        self._log, self._tail = log, b""
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, (str(HOME), os.environ.get("PYTHONPATH")))),
@@ -99,20 +101,23 @@ class Worker:
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
         }
-        self._lines: queue.Queue[bytes | None] = queue.Queue()
+        self._lines: queue.Queue[bytes | None] = queue.Queue(MOST_LINES)
         # A session (on Windows a group) of its own: Ctrl-C in the terminal reaches us alone, and we tell the worker.
         self._process = subprocess.Popen(
             COMMAND if ranks == 1 else (*LAUNCH, str(ranks)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._log,
+            stderr=subprocess.PIPE if log is None else log,
             env=environment,
             start_new_session=True,
             pass_fds=inherits if os.name == "posix" else (),
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self._readers = [threading.Thread(target=self._read, daemon=True)]
+        if log is None:
+            self._readers.append(threading.Thread(target=self._keep_tail, daemon=True))
+        for reader in self._readers:
+            reader.start()
 
     def __enter__(self) -> Worker:
         return self
@@ -120,44 +125,69 @@ class Worker:
     def give(self, errand: Errand) -> None:
         """Hand over what it was started for."""
         self._began = time.monotonic()
-        assert self._process.stdin is not None
+        stdin = self._pipe(self._process.stdin)
         with contextlib.suppress(BrokenPipeError):  # it died at once; the exit code tells
-            self._process.stdin.write(errand.model_dump_json(by_alias=True).encode())
-            self._process.stdin.close()
+            stdin.write(errand.model_dump_json(by_alias=True).encode())
+            stdin.close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
         self._process.wait()
-        self._reader.join()
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        while self._readers[0].is_alive():  # with what nobody asked for any more
+            with contextlib.suppress(queue.Empty):
+                self._lines.get(timeout=POLL_SECONDS)
+        self._join()
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
-        if self._own_log:
-            self._log.close()
+            self._pipe(self._process.stdin).close()
+        self._pipe(self._process.stdout).close()
+        if self._process.stderr is not None:
+            self._process.stderr.close()
+
+    @staticmethod
+    def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+        assert pipe is not None
+        return pipe
+
+    def _join(self) -> None:
+        for reader in self._readers:
+            reader.join()
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        pipe = self._pipe(self._process.stdout)
+        while line := pipe.readline(MOST_LINE_BYTES):
             self._lines.put(line)
         self._lines.put(None)
 
-    def poll(self) -> Iterator[Event | None]:
-        """Yield each event as it comes, and None when none has come for a moment; raises the user's own mistakes."""
+    def _keep_tail(self) -> None:
+        pipe = self._pipe(self._process.stderr)
+        while words := os.read(pipe.fileno(), 16 * TAIL_BYTES):
+            self._tail = (self._tail + words)[-TAIL_BYTES:]
+
+    def poll(self, patience: float | None = None) -> Iterator[Event | None]:
+        """Yield each event as it comes, and None at every moment between; raises the user's own mistakes.
+
+        Ends the worker, and raises WorkerCrashedError, where it uses no processor time for so many seconds: it was
+        stopped, or waits for what does not come.
+        """
+        told, pulse = time.monotonic(), Pulse()
         while True:
+            if time.monotonic() - told > POLL_SECONDS:
+                yield None
+                told = time.monotonic()
+                if patience is not None and pulse.stands_still(self.cpu_seconds, patience):
+                    self.kill()
+                    raise WorkerCrashedError(f"the worker hangs: it used no processor time for {patience:g} s")
             try:
                 line = self._lines.get(timeout=POLL_SECONDS)
             except queue.Empty:
-                yield None
                 continue
             if line is None:
                 self._process.wait()
                 return
             event = _parsed(line)
-            if event.get("event") == "error" and event.get("type") in KINDS:
+            if event["event"] == "error" and event.get("type") in KINDS:
                 raise KINDS[event["type"]](event["message"], event["hint"])
             yield event
 
@@ -178,6 +208,16 @@ class Worker:
                 with contextlib.suppress(psutil.Error):
                     self._process_ids += [child.pid for child in psutil.Process(self._process.pid).children()]
         return max(map(held_bytes, self._process_ids))
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time that it, and all that it started, has used so far."""
+        spent = 0.0
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self._process.pid)
+            for one in (process, *process.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):
+                    spent += sum(one.cpu_times()[:2])
+        return spent
 
     @property
     def seconds(self) -> float:
@@ -213,25 +253,48 @@ class Worker:
         psutil.wait_procs(children, timeout=GONE_SECONDS)
 
     def last_words(self) -> str:
-        """Return the end of what it wrote to stderr."""
+        """Return the end of what it wrote to stderr, once it has ended."""
+        if self._log is None:
+            self._process.wait()
+            self._readers[-1].join()
+            return self._tail.decode(errors="replace").strip()
         self._log.flush()
         self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, self._log.tell() - TAIL_BYTES))
         return self._log.read().decode(errors="replace").strip()
 
 
+class Pulse:
+    """Whether something still moves, looked at once a second at most."""
+
+    def __init__(self) -> None:
+        self._value = 0.0
+        self._moved = self._looked = time.monotonic()
+
+    def stands_still(self, read: Callable[[], float], patience: float) -> bool:
+        """Say whether what is read has not grown for so many seconds."""
+        now = time.monotonic()
+        if now - self._looked < min(1.0, patience / 2):
+            return False
+        self._looked = now
+        if (value := read()) > self._value:
+            self._value, self._moved = value, now
+        return now - self._moved > patience
+
+
 class WorkerCrashedError(Exception):
     """A worker ended in a way that no user's mistake explains: a bug, with its last words."""
 
 
-def ask(errand: Errand, cores: int) -> Iterator[Event]:
-    """Run an errand that ends in a `result` event; yields its events, and raises if it ends without one."""
+def ask(errand: Errand, cores: int, patience: float | None = None) -> Iterator[Event]:
+    """Run an errand that ends in a `result` event; yields its events, and raises if it ends or hangs without one."""
     with Worker(cores) as worker:
         worker.give(errand)
         answered = False
-        for event in worker.events():
-            answered |= event["event"] == "result"
-            yield event
+        for event in worker.poll(patience):
+            if event is not None:
+                answered |= event["event"] == "result"
+                yield event
         if not answered:
             raise WorkerCrashedError(f"the worker ended with exit code {worker.exit_code}:\n{worker.last_words()}")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from autotune.errors import UserError
+from autotune.errors import UserError, disk_error
 from cli.options import SettingsCommand, takes_settings
 
 INTERNAL_ERROR = 70
@@ -48,13 +48,6 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         debug = arguments.pop("debug")
         try:
             command(**arguments)
-        except UserError as error:
-            from cli.render.console import fail
-
-            fail(error.message, error.hint)
-            if debug:
-                raise
-            raise typer.Exit(error.exit_code) from None
         except (typer.Exit, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -62,6 +55,12 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             from cli.render.console import fail
 
+            told = error if isinstance(error, UserError) else None
+            if isinstance(error, OSError):
+                told = disk_error(error)
+            if told is not None:
+                fail(told.message, told.hint)
+                raise typer.Exit(told.exit_code) from None
             fail(
                 f"internal error: {type(error).__name__}: {error}",
                 "run again with --debug, and report what it shows",

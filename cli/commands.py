@@ -17,11 +17,12 @@ from autotune.errors import ConfigurationError, NothingFitsError
 from autotune.estimate import estimate
 from autotune.evidence import alike
 from autotune.hardware import imagine_hardware, read_hardware
+from autotune.inputs import PlanInputs
 from autotune.levers import Varied, measured_rates, vary
 from autotune.measure import Workers, trace_sizes
 from autotune.plan import Hardware, Plan, Rates, Workload
 from autotune.planner import Planner
-from autotune.process import ask
+from autotune.process import WorkerCrashedError, ask
 from cli.choices import padding_by_layout
 from cli.launched import launched
 from cli.lock import hold
@@ -103,9 +104,7 @@ def plan_command(
     if imagined is not None:
         facts, plan = _estimate(resolved, imagined)
     else:
-        facts, planner = _decide(resolved, remembering, search=True, demo=False)
-        assert planner.plan is not None
-        plan = planner.plan
+        facts, plan = _measure_or_estimate(resolved, remembering)
     if as_json:
         print_json(plan.to_json())
         return
@@ -284,12 +283,35 @@ def _planned(resolved: Resolved, plan: Plan, *, as_it_was: bool = False) -> Job:
     return Job(settings, facts, hardware, fit_plan(plan, facts), None)
 
 
+def _measure_or_estimate(resolved: Resolved, remembering: Remembering) -> tuple[Preprocessed, Plan]:
+    """Plan by dry steps; where a worker dies of them, or hangs, by the trace alone, which the plan then says."""
+    facts, inputs = _inputs(resolved, search=True, demo=False, offline=remembering.offline)
+    try:
+        plan = _measure(inputs, remembering, search=True).plan
+        assert plan is not None
+    except WorkerCrashedError as error:
+        warn(f"{error}\nso nothing was measured: this is an estimate, and chatlm train --auto would not begin")
+        rates = find_rates(inputs.hardware.device_name, inputs.workload.precision)
+        plan = estimate(inputs, rates, trace_sizes)
+    return facts, plan
+
+
 def _decide(resolved: Resolved, remembering: Remembering, *, search: bool, demo: bool) -> tuple[Preprocessed, Planner]:
-    """Plan, telling of each trial; what can be refused without a worker is refused first."""
+    """Plan, telling of each trial."""
+    facts, inputs = _inputs(resolved, search=search, demo=demo, offline=remembering.offline)
+    return facts, _measure(inputs, remembering, search=search)
+
+
+def _inputs(resolved: Resolved, *, search: bool, demo: bool, offline: bool = False) -> tuple[Preprocessed, PlanInputs]:
+    """Learn what a plan needs; what can be refused without a worker is refused first."""
     hardware, settings = _read_hardware(resolved.settings), resolved.settings
-    request = make_request(resolved, hardware.world_size, search=search, offline=remembering.offline)
+    request = make_request(resolved, hardware.world_size, search=search, offline=offline)
     facts = _preprocess(settings, hardware.cores, demo=demo)
-    inputs = make_inputs(settings, facts, hardware, request)
+    return facts, make_inputs(settings, facts, hardware, request)
+
+
+def _measure(inputs: PlanInputs, remembering: Remembering, *, search: bool) -> Planner:
+    hardware, request = inputs.hardware, inputs.request
     key = (cache_dir(), inputs.workload, hardware, request)
     known = cache.recall(*key) if remembering.cache else None
     if known is not None:
@@ -309,7 +331,7 @@ def _decide(resolved: Resolved, remembering: Remembering, *, search: bool, demo:
         warn("this model cannot be traced: it was planned by dry steps alone")
     if planner.plan is not None and (slower := slower_precision(planner.plan)):
         warn(slower)
-    return facts, planner
+    return planner
 
 
 def _estimate(resolved: Resolved, hardware: Hardware) -> tuple[Preprocessed, Plan]:

@@ -91,6 +91,7 @@ EVENTS: dict[str, Callable[[Metrics], list[str]]] = {
     "resumed": resumed_lines,
     "out_of_memory": out_of_memory_lines,
     "spike": spike_lines,
+    "rows_wait": lambda row: [f"step {row['step']}: {row['message']}; rows wait until it can be written"],
     "save_failed": lambda row: [f"step {row['step']}: {row['message']}; training goes on"],
 }
 

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from autotune.errors import MachineError
+
 
 class RowFile:
-    """Appends rows to a file that holds those up to a step; each is there for others to read at once."""
+    """Appends rows to a file that holds those up to a step; each is there for others to read at once.
+
+    Where the disk refuses, rows wait until it takes them: a run of days does not end for a moment without room.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         _cut(path, step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+        self._refused = False
 
     def __enter__(self) -> RowFile:
         return self
@@ -22,14 +31,33 @@ class RowFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        refused = self._write()
+        with suppress(OSError):
+            self._file.close()
+        if refused and error is None:
+            left = self._waiting.count(b"\n")
+            raise MachineError(
+                f"{self._path}: {refused}: its last {left} rows could not be written",
+                "free some of the disk; the model and the checkpoints are there",
+            )
 
-    def write(self, row: dict[str, Any], *, sync: bool = False) -> None:
-        """Add a row; `sync` makes all there are outlast a loss of power."""
-        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
-        if sync:
-            os.fsync(self._file.fileno())
+    def write(self, row: dict[str, Any], *, sync: bool = False) -> str:
+        """Add a row; `sync` makes all there are outlast a loss of power. Returns why rows begin to wait, else ""."""
+        self._waiting += (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        waited, why = self._refused, self._write(sync=sync)
+        self._refused = bool(why)
+        return "" if waited or not why else f"{self._path}: {why}"
+
+    def _write(self, *, sync: bool = False) -> str:
+        """Write what waits, of which a disk may take a part; return why it took no more."""
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            if sync:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
 
 
 def _cut(path: Path, step: int) -> None:

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 
 from autotune.errands import ERRAND, LOST_A_PEER, Dry, Errand, Follow, Preprocess, Trace, Train
-from autotune.errors import ConfigurationError, DataError, MachineError, UserError
+from autotune.errors import ConfigurationError, DataError, MachineError, UserError, disk_error
 from autotune.plan import Device, Workload
 from trainer.attention import attention_of_processors
 from trainer.board import Board
@@ -82,8 +82,10 @@ def main() -> NoReturn:
             _leave(CRASHED)
         line = str(error).strip().splitlines()[0]
         _fail(events, ConfigurationError(f"the model does not compile here: {line}", NO_COMPILE))
-    except Exception:  # noqa: BLE001 # a bug: told, and left at once, since what tears down after one may hang
+    except Exception as error:  # noqa: BLE001 # told, and left at once, since what tears down after one may hang
         traceback.print_exc()
+        if isinstance(error, OSError) and (told := disk_error(error)) is not None:
+            _fail(events, told)
         _leave(CRASHED)
     _leave(0)
 
@@ -176,12 +178,15 @@ def _train(errand: Train, events: Events, stopped: Callable[[], bool], ranks: Ra
             # JSON has no word for a loss that is not finite.
             row = {name: None if value != value or value in (inf, -inf) else value for name, value in row.items()}
             if row["kind"] == "sample":
-                samples.write({name: value for name, value in row.items() if name != "kind"})
+                refused = samples.write({name: value for name, value in row.items() if name != "kind"})
             else:
-                metrics.write(row, sync=row.get("event") == "checkpoint")
+                refused = metrics.write(row, sync=row.get("event") == "checkpoint")
                 if board is not None:
                     board.add(row)
             events.send("metrics", row=row)
+            if refused:
+                told = {"kind": "event", "event": "rows_wait", "step": row["step"], "message": refused}
+                events.send("metrics", row=told)
 
 
 def _and_changes(rows: Iterator[dict[str, Any]], hashing: Hashing) -> Iterator[dict[str, Any]]:
@@ -239,7 +244,8 @@ def _tie_to_parent(errand: Errand) -> None:
 
 def _leave(code: int) -> NoReturn:
     """Exit without tearing down: all is written, and a destructor may still hang or crash."""
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a disk that is full has no room for last words
+        sys.stderr.flush()
     os._exit(code)
 
 
