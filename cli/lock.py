@@ -34,11 +34,8 @@ def hold(folder: Path) -> Iterator[int]:
             f"{folder}: {error.strerror}", "give an --output-dir that can be written and locked"
         ) from None
     with file:
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        file.flush()
         try:
+            _sign(file)
             yield file.fileno()
         finally:
             with suppress(OSError):  # Windows keeps what is open
@@ -46,6 +43,15 @@ def hold(folder: Path) -> Iterator[int]:
             with suppress(OSError):  # where something was left
                 for place in made:
                     place.rmdir()
+
+
+def _sign(file: IO[str]) -> None:
+    """Say who holds it; on a disk that is full nobody can."""
+    holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+    with suppress(OSError):
+        os.truncate(file.fileno(), 0)
+        os.lseek(file.fileno(), 0, os.SEEK_SET)
+        os.write(file.fileno(), holder.encode())
 
 
 def _locked(path: Path) -> IO[str]:

@@ -67,6 +67,16 @@ def chatlm(tmp_path: Path, chatlm_environment: dict[str, str]) -> CommandRunner:
     return run
 
 
+@pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Callable[[int], None]:
+    """Say how many trials of a campaign held: a line that `pytest -rP` shows."""
+
+    def told(count: int) -> None:
+        sys.stdout.write(f"{request.node.name}: {count} of {count}\n")
+
+    return told
+
+
 def metrics(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     """The rows of one kind that a run wrote, as strict JSON."""
 

@@ -14,12 +14,10 @@ from functools import cache
 from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-from transformers.utils.chat_template_utils import _compile_jinja_template
-
 from autotune.errors import ConfigurationError, DataError
 from autotune.plan import Stage, Task
 from trainer.records import Record, Turn
+from trainer.template import ChatTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -96,7 +94,7 @@ class Encoder:
                 "the tokenizer has no end token (eos_token), so a model would never stop",
                 "set eos_token in its tokenizer_config.json, or leave --tokenizer out to train one",
             )
-        self._given = {"tools": None, "documents": None, **self.tokenizer.special_tokens_map}
+        self.template = ChatTemplate(self.tokenizer)
         special = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         self._end = re.compile(r"\s*(?:" + "|".join(map(re.escape, special)) + ")")
         # What stands on either side of one of these is tokenized alone, whatever stands on the other.
@@ -256,22 +254,7 @@ class Encoder:
         return Sample(rendered.tokens, spans)
 
     def _template(self, record: Record, turns: Sequence[Turn], *, prompt: bool) -> str:
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        try:
-            template = _compiled(self.tokenizer.get_chat_template())
-            return str(template.render(messages=messages, add_generation_prompt=prompt, **self._given))
-        except (jinja2.TemplateError, IndexError, ValueError) as error:
-            raise DataError(
-                f"{record.place}: the tokenizer's chat template refuses this conversation: {error}"
-            ) from None
-
-
-@cache
-def _compiled(template: str) -> jinja2.Template:
-    """Return what `apply_chat_template` renders by, without what takes it three times as long."""
-    compiled: jinja2.Template = _compile_jinja_template(template)
-    compiled.globals = dict(compiled.globals)  # which each rendering copies: a chain of maps goes key by key
-    return compiled
+        return self.template.render(turns, record.place, prompt=prompt)
 
 
 def _answered(record: Record) -> tuple[Turn, ...]:

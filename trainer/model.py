@@ -26,6 +26,7 @@ from autotune.plan import Task, Workload
 from trainer.compiled import compile_layers
 from trainer.forward import forward
 from trainer.loss import KNOWN_TAILS
+from trainer.memory import is_memory_error
 
 
 def _t5(d_model: int, d_ff: int, heads: int, layers: int, vocabulary: int) -> Callable[[], T5Config]:
@@ -81,6 +82,13 @@ PRESETS: dict[str, Callable[[], Any]] = {
 }
 """Shapes by name: ChatLM-mini-Chinese's T5, MiniMind of 2025 (Llama) and of 2026 (Qwen3), and two for a processor."""
 
+CONVERT = (
+    'where you trust it, convert it: python -c "from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained('DIR').save_pretrained('NEW')\", then give NEW with its tokenizer"
+)
+"""What makes safetensors of pickled weights: save_pretrained."""
+MOST_LAYERS = 10_000
+
 DROPOUTS = (
     "attention_dropout",
     "attention_probs_dropout_prob",
@@ -125,6 +133,8 @@ def _checkpoint_config(folder: str) -> Any:
     from difflib import get_close_matches
 
     path = Path(folder)
+    if path.is_file():
+        raise ConfigurationError(f"{folder} is a file: pickled weights can run code and are not read", CONVERT)
     if not (path / "config.json").exists():
         near = get_close_matches(folder, PRESETS, n=1)
         raise ConfigurationError(
@@ -133,15 +143,36 @@ def _checkpoint_config(folder: str) -> Any:
         )
     if not any(path.glob("*.safetensors")):
         raise ConfigurationError(
-            f"{folder}: no safetensors weights; pickled ones (.bin, .pth) can run code and are not read",
-            "save the model again with save_pretrained",
+            f"{folder}: no safetensors weights; pickled ones (.bin, .pth) can run code and are not read", CONVERT
         )
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"{folder}: not a model that transformers knows: {str(error).splitlines()[0]}"
-        ) from None
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 # whatever transformers makes of a stranger's file
+        raise ConfigurationError(f"{folder}: not a model that transformers knows: {_said(error)}") from None
+    _check_strange(folder, config)
+    return config
+
+
+def _check_strange(folder: str, config: Any) -> None:
+    """Raise ConfigurationError for a config.json that asks for code that is not here, or for what no model has.
+
+    transformers takes kernels that are named like a repository from a hub, and runs them.
+    """
+    for kind in ("attn", "experts"):
+        asked = getattr(config, f"_{kind}_implementation_internal", None)
+        if asked is not None and (not isinstance(asked, str) or not asked.isidentifier()):
+            raise ConfigurationError(
+                f"{folder}: its config.json asks for the kernels {asked!r}, which are code from elsewhere",
+                f"take _{kind}_implementation_internal out of it",
+            )
+    for name, value in vars(config).items():
+        if name.endswith(("layers", "n_layer")) and isinstance(value, int) and not 0 <= value <= MOST_LAYERS:
+            raise ConfigurationError(f"{folder}: {name} is {value:,} in its config.json, {MOST_LAYERS:,} at most")
+
+
+def _said(error: Exception) -> str:
+    """Return the first line of an error of transformers' own, or what it is."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def task_of(config: Any) -> Task:
@@ -186,8 +217,8 @@ def summarise(
     try:
         with torch.device("meta"):
             empty = auto.from_config(config)  # type: ignore[no-untyped-call]
-    except ValueError as error:
-        raise ConfigurationError(f"{model}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # noqa: BLE001 # as above
+        raise ConfigurationError(f"{model}: transformers builds no such model: {_said(error)}") from None
     freeze(empty, frozen)
     # T5's n_positions is of no consequence: its positions are relative.
     absolute = getattr(config, "max_position_embeddings", None)
@@ -280,8 +311,10 @@ def _load_weights(auto: Any, workload: Workload, config: Any) -> Any:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ConfigurationError(f"{workload.model}: its weights do not load: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        if is_memory_error(error):
+            raise
+        raise ConfigurationError(f"{workload.model}: its weights do not load: {_said(error)}") from None
     missing = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
     if missing:
         raise ConfigurationError(

@@ -72,6 +72,8 @@ def _with_data(errand: Preprocess, source: Source, report: Report) -> Preprocess
     _check_length(errand, model)
     stage = errand.stage or source.stage()
     encoder = Encoder(tokenizer, model.task, stage, errand.max_seq_len, errand.max_target_len)
+    if model.task == "causal":
+        encoder.template.check()
     share, validation = errand.validation_split, None
     data = _store(errand, source, Part(share, held_out=False) if share else None, encoder, report)
     if share:

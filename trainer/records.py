@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from autotune.errors import ConfigurationError, DataError
 
 SUFFIXES = (".parquet", ".jsonl")
 ROLES = ("system", "user", "assistant")
+LONGEST_LINE = 2**24
+"""Bytes of a jsonl line: more is no row, and would be held several times over."""
 BLOCK_ROWS, BLOCK_BYTES = 256, 2**18
 """A block is read as one piece: so many rows at most, and of text hardly more bytes."""
 
@@ -212,8 +214,17 @@ def _blank(line: bytes) -> bool:
 
 def _lines(file: Path) -> Iterator[bytes]:
     try:
-        with file.open("rb") as lines:
-            yield from lines
+        with file.open("rb") as opened:
+            for number in count(1):
+                line = opened.readline(LONGEST_LINE + 1)
+                if len(line) > LONGEST_LINE:
+                    raise DataError(
+                        f"{file}: line {number}: longer than {LONGEST_LINE // 2**20} MiB",
+                        "give one object a line; split what is longer into several",
+                    )
+                if not line:
+                    return
+                yield line
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
 

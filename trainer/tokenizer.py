@@ -37,8 +37,9 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
         raise ConfigurationError(f"{folder}: no tokenizer.json in this folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{folder}: not a tokenizer: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # noqa: BLE001 # whatever transformers makes of a stranger's files
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigurationError(f"{folder}: not a tokenizer: {said}") from None
     # A tokenizer.json may carry the truncation and padding of whoever saved it.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()

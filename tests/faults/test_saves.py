@@ -15,9 +15,9 @@ from unittest.mock import patch
 
 import facts
 import pytest
-from conftest import some, trials
 from power import Disk, recorded
 from small_runs import Rows, going_on, losses, run, small_errand, weights
+from tiers import some, trials
 from traced import Work, each_call, inject, needs_strace, strace
 
 from autotune.errands import Train

@@ -91,6 +91,7 @@ def each_call(calls: Sequence[str]) -> list[tuple[str, int]]:
     return places
 
 
-def inject(calls: str, what: str, place: int, *, onwards: bool = False) -> list[str]:
-    """Options of strace: strike at this one of each of the calls, or from it on."""
-    return ["-e", f"trace={calls}", "-e", f"inject={calls}:{what}:when={place}{'+' * onwards}"]
+def inject(calls: str, what: str, place: int, *, onwards: bool = False, until: int | None = None) -> list[str]:
+    """Options of strace: strike at this one of each of the calls; from it on, or up to another."""
+    last = "+" if onwards else f"..{until}" if until else ""
+    return ["-e", f"trace={calls}", "-e", f"inject={calls}:{what}:when={place}{last}"]

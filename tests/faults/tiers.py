@@ -1,13 +1,10 @@
-"""What every part of the campaign uses: how far it goes, and the line that says how many trials held."""
+"""How far the campaign goes."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
-from typing import Any, TypeVar
-
-import pytest
+from typing import TypeVar
 
 FULL = os.environ.get("CHATLM_FAULTS") == "full"
 """`make faults-full`: all that the tables of docs/reliability.md count. `make faults`: what five minutes hold."""
@@ -25,13 +22,3 @@ def some(cases: Sequence[T], short: int) -> list[T]:
     if FULL or len(cases) <= short:
         return list(cases)
     return [cases[i * len(cases) // short] for i in range(short)]
-
-
-@pytest.fixture
-def tell(request: pytest.FixtureRequest) -> Any:
-    """Say how many trials held: a line that `pytest -rP` shows."""
-
-    def told(count: int) -> None:
-        sys.stdout.write(f"{request.node.name}: {count} of {count}\n")
-
-    return told

@@ -1,0 +1,181 @@
+"""Disks that fill, refuse, or are not what they were taken for: under the real command, and under the rows of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from micro import Command, losses, make_home, refused
+from tiers import some, trials
+from traced import inject, needs_strace, strace
+
+from autotune.errors import MachineError
+from trainer.rows import RowFile
+
+CHINESE = "目录"
+NAMES = {
+    "blanks and quotes": 'it\'s a "run" of  mine',
+    "what a shell would run": "$(touch ran) `touch ran`; touch ran & #",
+    "a line break": "one\ntwo",
+    "like an option": "-rf",
+    "Chinese": CHINESE * 20,
+    "255 bytes": "n" * 255,
+    "255 bytes of Chinese": CHINESE * 42 + "abc",
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("home")
+    make_home(place)
+    return place
+
+
+@pytest.fixture
+def command(tmp_path: Path, home: Path) -> Command:
+    return Command(tmp_path, home)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 40 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield place
+    subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("name", some(list(NAMES), 1))
+def test_a_folder_may_be_called_anything(name: str, command: Command, tmp_path: Path, tell: Any) -> None:
+    """And the command that goes on, run by a shell, is that of this folder and runs nothing else."""
+    folder = NAMES[name]
+    with command.begun("train", "--epochs", 100_000, run=tmp_path / folder, steps=2) as process:
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    again = err[err.index("go on with:") :].partition(":")[2].strip() + " --epochs 100"
+    done = subprocess.run(
+        ["bash", "-c", again.replace("chatlm", shlex.quote(command.path), 1)],
+        cwd=tmp_path, env=command.environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "finished after 400 steps" in done.stdout
+    assert (tmp_path / folder / "model" / "model.safetensors").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {folder}
+    tell(1)
+
+
+def test_folders_that_cannot_be_are_refused(command: Command, disk: Path, tmp_path: Path, tell: Any) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone" / "away")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    steps = ("train", "--max-steps", 1, "--output-dir")
+    refused(command(*steps, "file"), 4, "file: ", "--output-dir")
+    refused(command(*steps, "file/run"), 4, "Not a directory")
+    refused(command(*steps, "n" * 256), 4, "File name too long")
+    refused(command(*steps, disk / "run"), 4, "Read-only file system")
+    refused(command(*steps, "nowhere"), 4, "nowhere: ")
+    refused(command(*steps, "run", XDG_CACHE_HOME=disk / "cache"), 4, "Read-only file system", "XDG_CACHE_HOME")
+    refused(command(*steps, "run", XDG_CACHE_HOME=tmp_path / "file"), 4, "XDG_CACHE_HOME")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "nowhere", "disk"}
+    tell(7)
+
+
+def test_a_disk_without_room_is_refused_before_a_model_is_loaded(command: Command, disk: Path, tell: Any) -> None:
+    for free in range(trials(2, 5)):
+        (disk / "fill").write_bytes(bytes(shutil.disk_usage(disk).free - free * 4 * 2**20))
+        done = command("train", "--max-steps", 1, "--output-dir", disk / "run")
+        refused(done, 4, f"{disk / 'run'} has {free * 4}", "MiB")
+        (disk / "fill").unlink()
+    tell(trials(2, 5))
+
+
+def test_a_disk_that_fills_as_a_run_goes_on_loses_nothing(
+    command: Command, disk: Path, tmp_path: Path, tell: Any
+) -> None:
+    """While it is full saves fail and rows wait; full to the end, the run ends with exit code 4; freed, it goes on."""
+    steps = ("train", "--epochs", 200, "--max-steps", 120, "--save-every", 4)
+    assert command(*steps, "--output-dir", "whole").returncode == 0
+    with command.begun(*steps, run=disk / "run", steps=5) as process:
+        while free := shutil.disk_usage(disk).free:  # a checkpoint may go in between
+            with (disk / "fill").open("ab") as fill, suppress(OSError):
+                fill.write(bytes(free))
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 4, err
+    assert "Traceback" not in err
+    assert "could not be saved" in err
+    (disk / "fill").unlink()
+    done = command(*steps, "--output-dir", disk / "run", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert losses(disk / "run") == losses(tmp_path / "whole")
+    names = ("model/model.safetensors", "model/tokenizer.json")
+    assert all((disk / "run" / n).read_bytes() == (tmp_path / "whole" / n).read_bytes() for n in names)
+    tell(1)
+
+
+@needs_strace
+@pytest.mark.parametrize("error", ["ENOSPC", "EIO", "EDQUOT", "EROFS"])
+def test_rows_that_a_disk_refuses_wait_and_are_written_once(error: str, tmp_path: Path, tell: Any) -> None:
+    """At any write or sync, once, for a while, or to the end: then it is told."""
+    written = [{"step": step, "text": "你好" * step} for step in range(30)]
+
+    def write() -> str:
+        file, said = tmp_path / "metrics.jsonl", []
+        file.unlink(missing_ok=True)
+        try:
+            with RowFile(file, 0) as rows:
+                said = [rows.write(row, sync=row["step"] % 5 == 0) for row in written]
+        except MachineError as refused:
+            return f"{sum(map(bool, said))} told; {refused.message}"
+        return f"{sum(map(bool, said))} told"
+
+    count = 0
+    for call, calls in (("write", 30), ("fsync", 6)):
+        for place in range(1, calls - 2, trials(7, 1)):
+            once = strace(write, inject(call, f"error={error}", place), tmp_path)
+            while_full = strace(write, inject(call, f"error={error}", place, until=place + 2), tmp_path)
+            for ended in (once, while_full):
+                assert ended.struck
+                refusals = 3 if call == "fsync" and ended is while_full else 1  # rows between two syncs are written
+                assert ended.said == f"{refusals} told"
+                lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+                assert [json.loads(line) for line in lines] == written
+            count += 2
+    for place in range(1, 31, trials(10, 1)):
+        said = strace(write, inject("write", f"error={error}", place, onwards=True), tmp_path).said
+        assert f"1 told; {tmp_path / 'metrics.jsonl'}: " in said
+        assert f"its last {31 - place} rows could not be written" in said
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == written[: place - 1]
+        count += 1
+    tell(count)
+
+
+def test_a_disk_takes_a_part_of_a_row_then_no_more_then_the_rest(disk: Path, tell: Any) -> None:
+    """The kernel's own short writes: each time room is made for a few more bytes."""
+    subprocess.run(["mount", "-o", "remount,size=64k", str(disk)], check=True)
+    row = {"step": 1, "text": "x" * 5000}
+    with RowFile(disk / "metrics.jsonl", 0) as rows:
+        fill = disk / "fill"
+        fill.write_bytes(bytes(shutil.disk_usage(disk).free))
+        told = [rows.write(row) for _ in range(6)]
+        assert [bool(said) for said in told] == [True] + [False] * 5
+        assert "No space left on device" in told[0]
+        for left in (48, 40, 32, 24, 0):
+            os.truncate(fill, left * 1024)
+            rows.write({"step": 2})
+    lines = [json.loads(line) for line in (disk / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [row] * 6 + [{"step": 2}] * 5
+    tell(1)

@@ -1,0 +1,381 @@
+"""Data and models from strangers: refused with file and place, or taken; nothing is run, nothing is written outside."""
+
+from __future__ import annotations
+
+import json
+import random
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from micro import make_home
+from strangers import (
+    ACCEPTED,
+    BOMBS,
+    GOOD,
+    LINES,
+    configurations,
+    damaged,
+    file_names,
+    generated_lines,
+    pickles,
+    templates,
+)
+from tiers import some, trials
+from tiny_models import workload
+from witness import Witnessed, watched
+
+from autotune.errands import Preprocess
+from autotune.errors import ConfigurationError, DataError, UserError
+from cli.options import as_arguments
+from trainer.model import build_for, summarise
+from trainer.preprocess import preprocess
+from trainer.records import LONGEST_LINE, find_files, parse, read_blocks
+from trainer.tokenizer import load_tokenizer
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its tokenizer and data, as they should be."""
+    place = tmp_path_factory.mktemp("home")
+    make_home(place)
+    return place
+
+
+def read(file: Path) -> str:
+    """Read all rows; return what is said of one that is none."""
+    try:
+        for block in read_blocks([file]):
+            for record in parse(block):
+                assert record.turns or record.text is not None
+    except DataError as error:
+        return error.message
+    return ACCEPTED
+
+
+def test_lines_that_are_no_rows_are_named_and_odd_ones_are_rows(tmp_path: Path, tell: Any) -> None:
+    for name, (line, expected) in LINES.items():
+        for before in (0, 3):
+            file = tmp_path / "rows.jsonl"
+            file.write_bytes((GOOD + b"\n") * before + line + b"\n" + GOOD + b"\n")
+            said = watched(lambda file=file: read(file), tmp_path).said  # type: ignore[misc]
+            if expected == ACCEPTED and not (before and name == "a byte order mark"):
+                assert said == ACCEPTED, (name, said)
+            else:
+                assert said.startswith(f"{file}: line {before + 1}"), (name, said)
+                assert expected in said, (name, said)
+                assert len(said) < 1000, name
+    tell(len(LINES))
+
+
+def test_a_line_of_a_gigabyte_is_refused_without_being_held(tmp_path: Path, tell: Any) -> None:
+    file = tmp_path / "rows.jsonl"
+    for size in (LONGEST_LINE + 100, 2**30):
+        file.write_bytes(GOOD + b'\n{"text": "')
+        with file.open("r+b") as opened:
+            opened.truncate(size)
+        idle = watched(lambda: ACCEPTED, tmp_path).most_bytes
+        seen = watched(lambda: read(file), tmp_path)
+        assert seen.said == f"{file}: line 2: longer than 16 MiB"
+        assert seen.most_bytes - idle < 64 * MIB
+    file.write_bytes(b'{"text": "' + b"x" * (LONGEST_LINE - 20) + b'"}\n')
+    assert watched(lambda: read(file), tmp_path).said == ACCEPTED
+    tell(3)
+
+
+def test_generated_lines_are_rows_or_named(tmp_path: Path, tell: Any) -> None:
+    def judge(lines: list[bytes]) -> int:
+        refused = 0
+        for line in lines:
+            file = tmp_path / "rows.jsonl"
+            file.write_bytes(GOOD + b"\n" + line + b"\n")
+            said = read(file)
+            assert said == ACCEPTED or said.startswith(f"{file}: line 2"), (line, said)
+            refused += said != ACCEPTED
+        return refused
+
+    count, refused = trials(1000, 20_000), 0
+    lines = [*generated_lines(count, seed=7)]
+    for start in range(0, count, 1000):
+        seen = watched(lambda start=start: judge(lines[start : start + 1000]), tmp_path)  # type: ignore[misc]
+        assert (seen.code, seen.seen) == (0, [])
+        refused += seen.said
+    assert count // 4 < refused < count
+    tell(count)
+
+
+def tables() -> Iterator[tuple[str, pa.Table, dict[str, Any]]]:
+    rows = [{"prompt": f"问题 {i} " * (i % 9), "response": f"answer {i}"} for i in range(600)]
+    talks = [
+        {"conversations": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]}]}
+        for r in rows
+    ]
+    yield "plain", pa.Table.from_pylist(rows), {"compression": "none", "use_dictionary": False}
+    yield "snappy", pa.Table.from_pylist(rows), {"compression": "snappy", "row_group_size": 100}
+    yield "zstd", pa.Table.from_pylist(rows), {"compression": "zstd", "data_page_size": 1000}
+    yield "checksums", pa.Table.from_pylist(rows), {"write_page_checksum": True}
+    yield "nested", pa.Table.from_pylist(talks), {"compression": "gzip", "row_group_size": 200}
+
+
+def test_parquet_that_is_damaged_is_named_and_crashes_nothing(tmp_path: Path, tell: Any) -> None:
+    """What was damaged where no reader can see it, in a text, is read as it stands there."""
+
+    def judge(content: bytes, seed: int, count: int) -> list[str]:
+        random.seed(seed)
+        file, said = tmp_path / "rows.parquet", []
+        for _ in range(count):
+            file.write_bytes(damaged(content))
+            said.append(read(file))
+            assert said[-1] == ACCEPTED or str(file) in said[-1], said[-1]
+        return said
+
+    group, refused, count = 20, 0, 0
+    for _, table, options in tables():
+        whole = tmp_path / "whole.parquet"
+        pq.write_table(table, whole, **options)
+        assert read(whole) == ACCEPTED
+        for seed in range(trials(2, 20)):
+            work = lambda content=whole.read_bytes(), seed=seed: judge(content, seed, group)  # type: ignore[misc] # noqa: E731
+            seen = watched(work, tmp_path)
+            assert seen.code == 0, f"{options}, seed {seed}: ended with {seen.code}"
+            assert seen.seen == []
+            refused += sum(said != ACCEPTED for said in seen.said)
+            count += group
+    assert refused > count // 3
+    tell(count)
+
+
+def test_tables_that_are_none_of_ours_are_named(tmp_path: Path, tell: Any) -> None:
+    file = tmp_path / "rows.parquet"
+    texts = pa.array(["a", "b"])
+    wrong: dict[str, tuple[pa.Table, str]] = {
+        "no row": (pa.table({"text": pa.array([], pa.string())}), "no rows"),
+        "no column": (pa.table({}), "no rows"),
+        "other columns": (pa.table({"question": texts}), "none of the known columns among question"),
+        "numbers": (pa.table({"text": [1, 2]}), "row 1: `text` must be text, not a number"),
+        "bytes": (pa.table({"text": [b"\xff", b"a"]}), "row 1: `text` must be text, not bytes"),
+        "null": (pa.table({"text": pa.array(["a", None])}), "row 2: `text` must be text, not null"),
+        "turns as texts": (pa.table({"conversations": texts}), "row 1: `conversations` must be a list of turns"),
+        "texts that are no UTF-8": (
+            pa.table({"text": pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])}),
+            "row",
+        ),
+        "dates": (pa.table({"text": pa.array([0], pa.timestamp("ns"))}), "row 1: `text` must be text"),
+    }  # fmt: skip
+    for name, (table, expected) in wrong.items():
+        pq.write_table(table, file)
+        said = watched(lambda: read(file), tmp_path).said
+        assert str(file) in said, (name, said)
+        assert expected in said, (name, said)
+    for name, content in {"empty": b"", "text": GOOD, "magic alone": b"PAR1PAR1", "another's": b"ORC" * 99}.items():
+        file.write_bytes(content)
+        assert watched(lambda: read(file), tmp_path).said.startswith(f"{file}: not a readable parquet file"), name
+    fresh = tmp_path / "encrypted.parquet"
+    pq.write_table(pa.table({"text": texts}), fresh)
+    fresh.write_bytes(b"PARE" + fresh.read_bytes()[4:-4] + b"PARE")
+    assert watched(lambda: read(fresh), tmp_path).said.startswith(f"{fresh}: not a readable parquet file")
+    tell(len(wrong) + 5)
+
+
+def whole_errand(home: Path, folder: Path, **changes: Any) -> Preprocess:
+    given = {
+        "model": str(home / "model"), "tokenizer": None, "dropout": None, "freeze": (), "data": (str(home / "data.jsonl"),),
+        "validation": (), "validation_split": None, "stage": None, "max_seq_len": 64, "max_target_len": 64,
+        "limit": None, "show": 0, "cache_dir": str(folder / "cache"),
+    }  # fmt: skip
+    return Preprocess(**(given | changes))
+
+
+def open_model(model: Path, home: Path, folder: Path) -> str:
+    """Do with a model all that a plan and a training do to open it; return what is said where it is refused."""
+    import torch
+
+    from autotune.plan import Workload
+
+    try:
+        summary = summarise(str(model), None, None)
+        load_tokenizer(str(model))
+        preprocess(whole_errand(home, folder, model=str(model)), lambda *_: None)
+        work: Workload = workload(
+            "llama", model=str(model), vocabulary_size=summary.vocabulary_size, attention=summary.attention
+        )
+        build_for(work, None, torch.device("cpu"))
+    except UserError as error:
+        return f"{error.message}; hint: {error.hint}"
+    return ACCEPTED
+
+
+def stranger_of(home: Path, tmp_path: Path) -> Path:
+    """A model as it should be, with programs beside it."""
+    model = tmp_path / "stranger"
+    shutil.rmtree(model, ignore_errors=True)
+    shutil.copytree(home / "model", model)
+    code = f"open({str(tmp_path / 'canary')!r}, 'w')\nclass Evil: pass\n"
+    for name in ("evil.py", "__init__.py", "modeling_llama.py", "tokenization_evil.py", "../evil.py"):
+        (model / name).write_text(code)
+    return model
+
+
+def held(seen: Witnessed, tmp_path: Path, name: str) -> None:
+    """It did not crash, ran nothing, wrote nothing outside, and held little."""
+    assert seen.code == 0, (name, seen)
+    assert seen.seen == [], (name, seen.seen)
+    assert not (tmp_path / "canary").exists(), name
+    assert isinstance(seen.said, str), name
+    assert "Traceback" not in seen.said
+
+
+def test_the_witness_sees_what_it_is_there_for(tmp_path: Path, tell: Any) -> None:
+    """Each kind of payload, opened by what would run it, is seen; else all below would prove nothing."""
+    import pickle
+
+    (_, content), *_ = pickles(tmp_path / "canary")
+    assert any(
+        "os.system" in seen or "pickle" in seen for seen in watched(lambda: pickle.loads(content), tmp_path).seen
+    )
+    assert (tmp_path / "canary").exists()
+    outside = tmp_path.parent / "outside"
+    assert watched(lambda: outside.write_text("x"), tmp_path).seen == [f"wrote {outside}"]
+    outside.unlink()
+    (tmp_path / "evil.py").write_text("x = 1")
+    run = lambda: exec(compile("x = 1", str(tmp_path / "evil.py"), "exec"))  # noqa: E731
+    assert watched(run, tmp_path, tmp_path).seen != []
+    tell(3)
+
+
+def test_a_model_as_it_should_be_is_opened(home: Path, tmp_path: Path, tell: Any) -> None:
+    seen = watched(lambda: open_model(stranger_of(home, tmp_path), home, tmp_path), tmp_path, tmp_path / "stranger")
+    held(seen, tmp_path, "")
+    assert seen.said == ACCEPTED
+    tell(1)
+
+
+def test_pickles_offered_as_weights_are_refused_with_the_way_to_convert(home: Path, tmp_path: Path, tell: Any) -> None:
+    cases = some([*pickles(tmp_path / "canary")], 8)
+    for name, content in cases:
+        model = stranger_of(home, tmp_path)
+        (model / "model.safetensors").unlink()
+        (model / name).write_bytes(content)
+        for offered in (model, model / name):
+            seen = watched(lambda offered=offered: open_model(offered, home, tmp_path), tmp_path, model)  # type: ignore[misc]
+            held(seen, tmp_path, name)
+            assert str(model) in seen.said, seen.said
+            if name != "model.safetensors" or offered != model:
+                assert "save_pretrained" in seen.said, (name, seen.said)
+    tell(len(cases))
+
+
+def test_a_configuration_that_asks_for_code_or_cannot_be_is_refused_or_not_heeded(
+    home: Path, tmp_path: Path, tell: Any
+) -> None:
+    cases = some([*configurations(tmp_path / "canary")], 24)
+    for name, asked in cases:
+        model = stranger_of(home, tmp_path)
+        file = model / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | asked))
+        seen = watched(lambda model=model: open_model(model, home, tmp_path), tmp_path, model)  # type: ignore[misc]
+        held(seen, tmp_path, name)
+        assert seen.said == ACCEPTED or str(model) in seen.said, (name, seen.said)
+    tell(len(cases))
+
+
+def test_chat_templates_do_not_leave_their_sandbox(home: Path, tmp_path: Path, tell: Any) -> None:
+    cases = some([*templates(tmp_path / "canary")], 12)
+    for name, text in cases:
+        model = stranger_of(home, tmp_path)
+        (model / "chat_template.jinja").write_text(text)
+        seen = watched(lambda model=model: open_model(model, home, tmp_path), tmp_path, model)  # type: ignore[misc]
+        held(seen, tmp_path, name)
+        assert seen.said != ACCEPTED, name
+    tell(len(cases))
+
+
+def test_chat_templates_that_would_take_all_time_or_memory_are_ended(home: Path, tmp_path: Path, tell: Any) -> None:
+    cases = some(BOMBS, 4)
+    for text in cases:
+        model = stranger_of(home, tmp_path)
+        (model / "chat_template.jinja").write_text(text)
+        idle = watched(lambda: ACCEPTED, tmp_path).most_bytes
+        seen = watched(lambda model=model: open_model(model, home, tmp_path), tmp_path, model)  # type: ignore[misc]
+        held(seen, tmp_path, text)
+        assert seen.said != ACCEPTED, text
+        assert seen.most_bytes - idle < 700 * MIB, text
+    tell(len(cases))
+
+
+def test_links_and_paths_that_leave_a_folder_reach_nothing(home: Path, tmp_path: Path, tell: Any) -> None:
+    """Weights in pieces that lie elsewhere; a checkpoint's files that are links are what they are by their hash."""
+    model = stranger_of(home, tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.move(model / "model.safetensors", elsewhere / "model.safetensors")
+    for place in ("../elsewhere/model.safetensors", str(elsewhere / "model.safetensors")):
+        index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": place}}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+        seen = watched(lambda: open_model(model, home, tmp_path), tmp_path, model)
+        held(seen, tmp_path, place)
+        assert seen.said != ACCEPTED
+    tell(2)
+
+
+def test_commands_that_are_printed_run_as_they_were_meant(tmp_path: Path, tell: Any) -> None:
+    """Given to a shell they are the same words, whatever files are called; nothing else is run."""
+    names = [*file_names(trials(60, 200))]
+    for name in names:
+        given = {"data": [name, "b.jsonl"], "output_dir": name, "tokenizer": name}
+        words = ["chatlm", "train", "--auto", *as_arguments(given)]
+        program = f"words() {{ printf '%s\\0' \"$@\"; }}; words {shlex.join(words)}"
+        done = subprocess.run(["bash", "-c", program], cwd=tmp_path, capture_output=True)
+        assert done.stdout.decode().split("\0")[:-1] == words, name
+    assert list(tmp_path.iterdir()) == []
+    tell(len(names))
+
+
+def test_folders_of_data_are_what_lies_in_them(tmp_path: Path, tell: Any) -> None:
+    """A link to itself ends; a link to a file is that file; a name that is a folder is no file."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(GOOD)
+    (folder / "loop").symlink_to(folder)
+    (folder / "b.jsonl").mkdir()
+    (folder / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    assert find_files([str(folder)]) == [folder / "a.jsonl"]
+    (folder / "pipe").with_suffix(".jsonl").touch()
+    with pytest.raises(DataError, match="no such file"):
+        find_files([str(folder / "gone.jsonl")])
+    tell(4)
+
+
+def test_records_with_nothing_to_train_on_or_beyond_the_vocabulary_are_told(
+    home: Path, tmp_path: Path, tell: Any
+) -> None:
+    def prepared(rows: list[dict[str, Any]], **changes: Any) -> str:
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        try:
+            made = preprocess(whole_errand(home, tmp_path, data=(str(file),), **changes), lambda *_: None)
+        except (ConfigurationError, DataError) as error:
+            return error.message
+        assert made.data is not None
+        return json.dumps(made.data.cuts)
+
+    turns = [{"role": "user", "content": "q"}]
+    assert "no assistant turn" in prepared([{"conversations": turns}])
+    assert "no rows" in prepared([])
+    assert "no answers to train on" in prepared([{"prompt": "q", "response": "a"}, {"text": "document"}])
+    long = prepared([{"prompt": "q", "response": "long " * 200_000}])
+    assert json.loads(long)["answer_cut"] == 1
+    small = tmp_path / "small"
+    shutil.copytree(home / "model", small)
+    file = small / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 100}))
+    assert "tokens, the model in" in prepared([{"prompt": "q", "response": "a"}], model=str(small))
+    tell(5)
