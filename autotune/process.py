@@ -65,6 +65,8 @@ TAIL_BYTES = 4000
 MOST_LINES, MOST_LINE_BYTES = 1000, 64 * MIB
 """Events that wait to be read, and how long one may be: a library that shouts on our line fills no memory."""
 POLL_SECONDS = 0.02
+LEAVING_SECONDS = 10.0
+"""That a worker has to end which has nothing more to say."""
 GONE_SECONDS = 5.0
 """That a killed process has to give back what it held."""
 
@@ -100,6 +102,7 @@ class Worker:
             # What compiles beside a worker holds memory that no plan counts.
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
+            "CHATLM_PARENT": str(os.getpid()),
         }
         self._lines: queue.Queue[bytes | None] = queue.Queue(MOST_LINES)
         # A session (on Windows a group) of its own: Ctrl-C in the terminal reaches us alone, and we tell the worker.
@@ -135,10 +138,14 @@ class Worker:
     ) -> None:
         self.kill()
         self._process.wait()
-        while self._readers[0].is_alive():  # with what nobody asked for any more
+        end = time.monotonic() + GONE_SECONDS
+        while self._readers[0].is_alive() and time.monotonic() < end:  # with what nobody asked for any more
             with contextlib.suppress(queue.Empty):
                 self._lines.get(timeout=POLL_SECONDS)
-        self._join()
+        for reader in self._readers:  # a process that it set free may hold a pipe
+            reader.join(max(0.0, end - time.monotonic()))
+        if any(reader.is_alive() for reader in self._readers):
+            return
         with contextlib.suppress(BrokenPipeError):
             self._pipe(self._process.stdin).close()
         self._pipe(self._process.stdout).close()
@@ -149,10 +156,6 @@ class Worker:
     def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
         assert pipe is not None
         return pipe
-
-    def _join(self) -> None:
-        for reader in self._readers:
-            reader.join()
 
     def _read(self) -> None:
         pipe = self._pipe(self._process.stdout)
@@ -182,13 +185,19 @@ class Worker:
             try:
                 line = self._lines.get(timeout=POLL_SECONDS)
             except queue.Empty:
+                if self._process.poll() is not None:  # all that it wrote is read, and what it started holds the pipe
+                    self._end_group()
                 continue
             if line is None:
-                self._process.wait()
+                try:
+                    self._process.wait(LEAVING_SECONDS)
+                except subprocess.TimeoutExpired:
+                    self.kill()
+                    raise WorkerCrashedError("the worker closed its line to us, and did not end") from None
                 return
             event = _parsed(line)
             if event["event"] == "error" and event.get("type") in KINDS:
-                raise KINDS[event["type"]](event["message"], event["hint"])
+                raise KINDS[event["type"]](str(event.get("message")), str(event.get("hint", "")))
             yield event
 
     def events(self) -> Iterator[Event]:
@@ -240,8 +249,9 @@ class Worker:
         self._process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT))
 
     def kill(self) -> None:
-        """End it at once, with all that it started, and see them gone; nothing where it has ended."""
+        """End it at once, with all that it started, and see them gone."""
         if self._process.poll() is not None:
+            self._end_group()
             return
         children: list[psutil.Process] = []
         with contextlib.suppress(psutil.Error):
@@ -249,14 +259,21 @@ class Worker:
         for child in children:
             with contextlib.suppress(psutil.Error):
                 child.kill()
+        self._end_group()
         self._process.kill()
         psutil.wait_procs(children, timeout=GONE_SECONDS)
+
+    def _end_group(self) -> None:
+        """End what it started, also where it has ended itself: it began a group of its own."""
+        if os.name == "posix":
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def last_words(self) -> str:
         """Return the end of what it wrote to stderr, once it has ended."""
         if self._log is None:
             self._process.wait()
-            self._readers[-1].join()
+            self._readers[-1].join(GONE_SECONDS)
             return self._tail.decode(errors="replace").strip()
         self._log.flush()
         self._log.seek(0, os.SEEK_END)
@@ -313,6 +330,6 @@ def _parsed(line: bytes) -> Event:
     """Read one line; what is no event of ours (a library that writes to our pipe) is an event of no kind."""
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"event": ""}
     return event if isinstance(event, dict) and "event" in event else {"event": ""}

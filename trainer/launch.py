@@ -20,13 +20,17 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from trainer.ties import ERRAND_FILE, PARENT, die_with_parent
+
+if __name__ == "__main__":  # before what takes seconds to import
+    die_with_parent(signal.SIGKILL)
+
 import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from autotune.errands import LOST_A_PEER
-from trainer.ties import ERRAND_FILE, die_with_parent
 
 SAVE_SECONDS = 600
 """That ranks have to finish their step and save, before they are killed."""
@@ -54,7 +58,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="chatlm-") as folder:
         errand = Path(folder) / "errand.json"
         errand.write_bytes(sys.stdin.buffer.read())
-        os.environ[ERRAND_FILE] = str(errand)
+        os.environ |= {ERRAND_FILE: str(errand), PARENT: str(os.getpid())}
         threading.Thread(target=_end_who_stays, daemon=True).start()
         try:
             elastic_launch(config, sys.executable)("-P", "-m", WORKER)

@@ -17,6 +17,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from autotune.errors import ConfigurationError, DataError
 from trainer.records import Turn
+from trainer.ties import PARENT, die_with_parent
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -70,6 +71,8 @@ class ChatTemplate:
         if child == 0:
             code = 0
             try:
+                os.environ.pop(PARENT, None)
+                die_with_parent(signal.SIGKILL)
                 resource.setrlimit(resource.RLIMIT_AS, (taken + CHILD_BYTES, taken + CHILD_BYTES))
                 spent = int(sum(os.times()[:2]))
                 resource.setrlimit(resource.RLIMIT_CPU, (spent + SECONDS + 1, spent + SECONDS + 1))

@@ -20,6 +20,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from trainer.ties import ERRAND_FILE, die_with_parent
+
+if __name__ == "__main__":  # before what takes seconds to import
+    die_with_parent(signal.SIGKILL)
+
 import torch
 
 from autotune.errands import ERRAND, LOST_A_PEER, Dry, Errand, Follow, Preprocess, Trace, Train
@@ -36,7 +41,6 @@ from trainer.memory import first_line, is_memory_error, tighten_heap
 from trainer.model import make_deterministic
 from trainer.ranks import ALONE, PeerLostError, Ranks, join
 from trainer.rows import RowFile
-from trainer.ties import ERRAND_FILE, die_with_parent
 from trainer.trace import trace
 
 OUT_OF_MEMORY_EXIT, CRASHED = 9, 1

@@ -242,23 +242,27 @@ def templates(canary: Path) -> Iterator[tuple[str, str]]:
         "{{ messages.__class__.__base__.__subclasses__() }}", "{{ ().__class__.__bases__[0] }}",
         "{{ namespace.__init__.__globals__ }}", "{% set n = namespace(__class__=1) %}{{ n.__class__ }}",
         "{% set n = namespace() %}{% set n.__class__ = dict %}{{ n }}", "{{ dict.__call__.__globals__ }}",
-        "{{ dict.fromkeys.__func__.__globals__ }}", "{{ tojson.__globals__ }}", "{{ (messages|map(attribute='__class__'))|list }}",
+        "{{ dict.fromkeys.__func__.__globals__ }}", "{{ tojson.__globals__ }}",
+        "{{ (messages|map(attribute='__class__'))|list }}",
         "{{ messages|groupby('__class__') }}", "{{ messages|sort(attribute='__class__.__name__') }}",
         "{{ ''.__format__.__self__.__class__ }}", "{% import 'os' as os %}{{ os.systemRUN }}",
         "{% include '/etc/passwd' %}", "{% extends '/etc/passwd' %}", "{% from 'os' import system %}{{ systemRUN }}",
-        "{{ get_flashed_messages.__globals__ }}", "{{ config }}{{ request.application }}", "{{ open('/etc/passwd').read() }}",
+        "{{ get_flashed_messages.__globals__ }}", "{{ config }}{{ request.application }}",
+        "{{ open('/etc/passwd').read() }}",
         "{{ __import__('os').systemRUN }}", "{{ eval('1') }}", "{{ messages.append({'role': 'user'}) }}",
         "{{ messages.clear() }}", "{% set x = messages.pop() %}{{ x }}", "{{ messages[0].update({'content': ''}) }}",
         "{% macro m() %}{{ caller.__globals__ }}{% endmacro %}{% call m() %}{% endcall %}",
-        "{{ '%c' % 2**70 }}", "{{ ''.join.__self__ }}{{ loop.__init__ }}", "{{ strftime_now('%s' ~ '%Y' * 3).__class__ }}",
+        "{{ '%c' % 2**70 }}", "{{ ''.join.__self__ }}{{ loop.__init__ }}",
+        "{{ strftime_now('%s' ~ '%Y' * 3).__class__ }}",
     )  # fmt: skip
     for i, text in enumerate(escapes):
         yield f"escape {i}: {text[:40]}", text.replace("CLASSES", classes).replace("RUN", f"('touch {canary}')")
 
 
 BOMBS = (
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
-    "{{ 9**9**9 }}", "{{ (9**9**9)|string|length }}", "{{ 'a' * 10**10 }}", "{{ ['a'] * 10**10 }}", "{{ '%010000000000d' % 1 }}",
+    "{% for a in range(9**5) %}{% for b in range(9**5) %}{% for c in a|string %}{% endfor %}{% endfor %}{% endfor %}",
+    "{{ 9**9**9 }}", "{{ (9**9**9)|string|length }}", "{{ 'a' * 10**10 }}", "{{ ['a'] * 10**10 }}",
+    "{{ '%010000000000d' % 1 }}",
     "{{ 'a'.center(10**10) }}", "{{ 'a'.ljust(10**11) }}", "{{ range(99999)|list|string * 99999 }}",
     "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
     "{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}", "{{ lipsum(n=10**7) }}", "{{ messages|string * 10**9 }}",
@@ -272,9 +276,12 @@ BOMBS = (
 def file_names(count: int) -> Iterator[str]:
     """Yield names of folders that a shell would make something of."""
     yield from (
-        "a b", "a'b", 'a"b', "$(touch ran)", "`touch ran`", "a;touch ran", "a&touch ran", "a|touch ran", "a>ran", "-n", "--help",
-        "a\\b", "a\tb", "a\nb", "*", "?", "[a]", "{a,b}", "~", "~root", "!a", "#a", "a=b", "$HOME", "${IFS}", "%s", "你好 世界",
-        "a\u202eb", "'", '"', "\\", "a'$(touch ran)'b", 'a"$(touch ran)"b', "\u00a0", "😀", "a\rb", "\x1b[31mred", "=a", "a,b", "@a",
+        "a b", "a'b", 'a"b', "$(touch ran)", "`touch ran`", "a;touch ran", "a&touch ran", "a|touch ran", "a>ran",
+        "-n", "--help",
+        "a\\b", "a\tb", "a\nb", "*", "?", "[a]", "{a,b}", "~", "~root", "!a", "#a", "a=b", "$HOME", "${IFS}",
+        "%s", "你好 世界",
+        "a\u202eb", "'", '"', "\\", "a'$(touch ran)'b", 'a"$(touch ran)"b', "\u00a0", "😀", "a\rb", "\x1b[31mred",
+        "=a", "a,b", "@a",
     )  # fmt: skip
     random.seed(6)
     for _ in range(count - 40):

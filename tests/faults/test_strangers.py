@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,9 @@ def test_parquet_that_is_damaged_is_named_and_crashes_nothing(tmp_path: Path, te
         whole = tmp_path / "whole.parquet"
         pq.write_table(table, whole, **options)
         assert read(whole) == ACCEPTED
+        content = whole.read_bytes()
         for seed in range(trials(2, 20)):
-            work = lambda content=whole.read_bytes(), seed=seed: judge(content, seed, group)  # type: ignore[misc] # noqa: E731
+            work = partial(judge, content, seed, group)
             seen = watched(work, tmp_path)
             assert seen.code == 0, f"{options}, seed {seed}: ended with {seen.code}"
             assert seen.seen == []
@@ -156,6 +158,8 @@ def test_parquet_that_is_damaged_is_named_and_crashes_nothing(tmp_path: Path, te
 def test_tables_that_are_none_of_ours_are_named(tmp_path: Path, tell: Any) -> None:
     file = tmp_path / "rows.parquet"
     texts = pa.array(["a", "b"])
+    ends, letters = pa.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0])), pa.py_buffer(b"\xff")
+    no_text = pa.Array.from_buffers(pa.string(), 1, [None, ends, letters])
     wrong: dict[str, tuple[pa.Table, str]] = {
         "no row": (pa.table({"text": pa.array([], pa.string())}), "no rows"),
         "no column": (pa.table({}), "no rows"),
@@ -164,10 +168,7 @@ def test_tables_that_are_none_of_ours_are_named(tmp_path: Path, tell: Any) -> No
         "bytes": (pa.table({"text": [b"\xff", b"a"]}), "row 1: `text` must be text, not bytes"),
         "null": (pa.table({"text": pa.array(["a", None])}), "row 2: `text` must be text, not null"),
         "turns as texts": (pa.table({"conversations": texts}), "row 1: `conversations` must be a list of turns"),
-        "texts that are no UTF-8": (
-            pa.table({"text": pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])}),
-            "row",
-        ),
+        "texts that are no UTF-8": (pa.table({"text": no_text}), "row"),
         "dates": (pa.table({"text": pa.array([0], pa.timestamp("ns"))}), "row 1: `text` must be text"),
     }  # fmt: skip
     for name, (table, expected) in wrong.items():
@@ -187,9 +188,9 @@ def test_tables_that_are_none_of_ours_are_named(tmp_path: Path, tell: Any) -> No
 
 def whole_errand(home: Path, folder: Path, **changes: Any) -> Preprocess:
     given = {
-        "model": str(home / "model"), "tokenizer": None, "dropout": None, "freeze": (), "data": (str(home / "data.jsonl"),),
-        "validation": (), "validation_split": None, "stage": None, "max_seq_len": 64, "max_target_len": 64,
-        "limit": None, "show": 0, "cache_dir": str(folder / "cache"),
+        "model": str(home / "model"), "tokenizer": None, "dropout": None, "freeze": (),
+        "data": (str(home / "data.jsonl"),), "validation": (), "validation_split": None, "stage": None,
+        "max_seq_len": 64, "max_target_len": 64, "limit": None, "show": 0, "cache_dir": str(folder / "cache"),
     }  # fmt: skip
     return Preprocess(**(given | changes))
 
