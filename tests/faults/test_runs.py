@@ -1,4 +1,4 @@
-"""The promises of docs/reliability.md, each broken on purpose as often as its table says: `make faults`.
+"""Runs that are stopped, killed, short of memory or of ranks: each promise of docs/reliability.md broken on purpose.
 
 Each test ends with a line of its own: how many trials there were, all of which held.
 """
@@ -21,6 +21,7 @@ from injected import Shortage, not_a_number, run_struck, run_while
 from small_runs import Rows, evaluations, going_on, losses, of_kind, run, small_errand, stopping_at, weights
 from test_checkpoint import FILES, flipped, saved
 from test_ranks import after_steps, alive, launched, rank_processes, run_together
+from tiers import some, trials
 
 from autotune.errands import Train
 from autotune.errors import MachineError
@@ -38,7 +39,8 @@ def test_stop_and_resume_at_every_step(family: str, micro_batch_size: int, tmp_p
     whole = small_errand(tmp_path, family, micro_batch_size=micro_batch_size, epochs=EPOCHS, eval_every=7)
     rows = run(whole)
     assert losses(rows)[-1][0] == STEPS
-    for step in range(1, STEPS + 1):
+    stops = some(range(1, STEPS + 1), 4)
+    for step in stops:
         errand = whole.model_copy(update={"output_dir": str(tmp_path / f"stopped-{step}")})
         first = run(errand, stopping_at(step))
         second = run(going_on(errand))
@@ -46,7 +48,7 @@ def test_stop_and_resume_at_every_step(family: str, micro_batch_size: int, tmp_p
         assert evaluations(first) + evaluations(second) == evaluations(rows)
         assert weights(Path(errand.output_dir)) == weights(Path(whole.output_dir))
         shutil.rmtree(errand.output_dir)
-    tell(STEPS)
+    tell(len(stops))
 
 
 def shortages(
@@ -78,7 +80,7 @@ def test_memory_runs_out_anywhere(family: str, tmp_path: Path, tell: Any) -> Non
     errand = small_errand(tmp_path, family, micro_batch_size=8, dropout=0.0, layout="fixed", eval_every=4,
                           saving=facts.saving(every_steps=3))  # fmt: skip
     whole = run(errand.model_copy(update={"output_dir": str(tmp_path / "whole")}))
-    struck = shortages(("forward", "backward", "evaluation", "save"), ((0,),), 50)
+    struck = shortages(("forward", "backward", "evaluation", "save"), ((0,),), trials(6, 50))
     rows = []
     for shortage, resumed_at in struck:
         rows.append(run_struck(errand, shortage, resumed_at))
@@ -93,8 +95,8 @@ def test_memory_runs_out_on_one_rank_or_on_all(family: str, tmp_path: Path, tell
     errand = small_errand(tmp_path, family, samples=46, effective_batch_size=16, micro_batch_size=8, dropout=0.0,
                           layout="fixed", eval_every=4, saving=facts.saving(every_steps=3))  # fmt: skip
     whole = run(errand.model_copy(update={"output_dir": str(tmp_path / "whole")}))
-    struck = shortages(("forward", "backward", "evaluation", "sum"), ((0,), (1,), (0, 1)), 45)
-    struck += shortages(("save",), ((0,),), 5)
+    struck = shortages(("forward", "backward", "evaluation", "sum"), ((0,), (1,), (0, 1)), trials(6, 45))
+    struck += shortages(("save",), ((0,),), trials(1, 5))
     errands = [errand.model_copy(update={"output_dir": str(tmp_path / f"{i}")}) for i in range(len(struck))]
     check_struck(struck, run_together(errands, 2, tmp_path, struck), whole)
     tell(len(struck))
@@ -104,8 +106,9 @@ def test_memory_runs_out_on_one_rank_or_on_all(family: str, tmp_path: Path, tell
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_no_number_reaches_the_weights(family: str, where: str, tmp_path: Path, tell: Any) -> None:
     """At 17 steps each: 102 in all."""
+    steps = some(range(2, 19), 2)
     saving = facts.saving(every_steps=1, keep_last=99)
-    for step in range(2, 19):
+    for step in steps:
         errand = small_errand(tmp_path, family, epochs=7, saving=saving, output_dir=str(tmp_path / "run"))
         rows = run_while(errand, lambda rows, step=step: not_a_number(step, where, rows))  # type: ignore[misc]
         assert [row["step"] for row in of_kind(rows, "skipped_step")] == [step]
@@ -116,7 +119,7 @@ def test_no_number_reaches_the_weights(family: str, where: str, tmp_path: Path, 
             )
             assert before == after != later
         shutil.rmtree(errand.output_dir)
-    tell(17)
+    tell(len(steps))
 
 
 def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, tell: Any) -> None:
@@ -125,7 +128,7 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, tell: Any) -
     newest, older = (tmp_path / "checkpoints" / f"step-{step:08d}" for step in (10, 5))
     kept = tmp_path / "kept"
     shutil.copytree(newest, kept)
-    for _ in range(500):
+    for _ in range(trials(60, 500)):
         shutil.rmtree(newest)
         shutil.copytree(kept, newest)
         name = random.choice(FILES)
@@ -143,7 +146,7 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, tell: Any) -
         assert found is not None
         assert (found.folder, len(found.damaged)) == (older, 1)
         assert name in found.damaged[0] or "another name" in found.damaged[0]
-    tell(500)
+    tell(trials(60, 500))
 
 
 def killed_or_ended(errand: Train, ranks: int, at_step: int | None, delay: float) -> bool:
@@ -175,7 +178,7 @@ def test_killed_whole_again_and_again(ranks: int, tmp_path: Path, monkeypatch: A
     expected = told_losses(tmp_path / "whole")
     assert len(expected) == 50
     kills, runs, in_saves = 0, 0, 0
-    while kills < 50 or runs == 0:
+    while kills < trials(4, 50) or runs == 0:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         ended, first = False, True
         while not ended:
@@ -193,7 +196,7 @@ def test_killed_whole_again_and_again(ranks: int, tmp_path: Path, monkeypatch: A
         assert told_losses(tmp_path / "run") == expected
         assert weights(tmp_path / "run") == weights(tmp_path / "whole")
         runs += 1
-    assert in_saves > 10
+    assert in_saves > trials(0, 10)
     tell(kills)
 
 
@@ -215,6 +218,7 @@ def test_ranks_are_one_for_any_batch(world_size: int, tmp_path: Path, tell: Any)
         for effective in (1, 2, 5, 32, 33)
         for family, frozen in (("llama", ()), ("t5", ()), ("t5", ("encoder",)))
     ]
+    cases = some(cases, 4)
     errands = [
         small_errand(
             tmp_path, **case, samples=40, dropout=0.0, epochs=2, max_steps=12, output_dir=str(tmp_path / f"{i}")
@@ -230,14 +234,14 @@ def test_ranks_are_one_for_any_batch(world_size: int, tmp_path: Path, tell: Any)
     tell(len(cases))
 
 
-@pytest.mark.parametrize("what", ["killed", "aborted", "raises", "stopped"])
+@pytest.mark.parametrize("what", some(["killed", "aborted", "raises", "stopped"], 2))
 def test_a_rank_that_ends_ends_all_in_time_and_is_named(what: str, tmp_path: Path, monkeypatch: Any, tell: Any) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "struck"))
     number = {"killed": signal.SIGKILL, "aborted": signal.SIGABRT, "raises": signal.SIGUSR2, "stopped": signal.SIGSTOP}[
         what
     ]
-    trials = 5
-    for trial in range(trials):
+    count = trials(1, 5)
+    for trial in range(count):
         errand = small_errand(
             tmp_path, "llama", world_size=2, epochs=100_000, validation_store=None, heartbeat_seconds=3.0
         )
@@ -255,4 +259,4 @@ def test_a_rank_that_ends_ends_all_in_time_and_is_named(what: str, tmp_path: Pat
             assert named == [struck]
         assert not any(map(alive, processes.values()))
         shutil.rmtree(errand.output_dir)
-    tell(trials)
+    tell(count)
