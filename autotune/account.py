@@ -80,14 +80,29 @@ def host_budget(hardware: Hardware) -> int:
 
 def check_room(plan: Plan, budget: Budget) -> None:
     """Raise NothingFitsError where a plan that was made earlier, or elsewhere, needs more than there is now."""
-    peak = plan.memory.measured_peak_bytes or plan.memory.predicted_peak_bytes or 0
-    if plan.workload.cpu_allocator == "fast":
-        peak = round(AMPLE * peak)
+    peak = _most(plan)
     if peak > budget.budget_bytes:
         raise NothingFitsError(
             f"the plan may hold {peak / GIB:.2f} GiB at its peak, and now {budget}",
             "close other programs, or plan again with --auto: the effective batch stays the same",
         )
+
+
+def memory_taken(plan: Plan, now: Budget) -> str:
+    """Say that another program has taken memory, as this was planned, which the plan counts on; else ""."""
+    peak = _most(plan)
+    if peak <= now.limit_bytes:
+        return ""
+    return (
+        f"memory was taken while this was planned: it may hold {peak / GIB:.2f} GiB at its peak, and of "
+        f"{plan.memory.limit_bytes / GIB:.2f} GiB that were free then {now.limit_bytes / GIB:.2f} GiB are"
+    )
+
+
+def _most(plan: Plan) -> int:
+    """Return the bytes that a plan may hold: glibc's fast setting keeps more than is live."""
+    peak = plan.memory.measured_peak_bytes or plan.memory.predicted_peak_bytes or 0
+    return round(AMPLE * peak) if plan.workload.cpu_allocator == "fast" else peak
 
 
 def check_host(hardware: Hardware, workload: Workload, trial: Trial) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from autotune import cache
-from autotune.account import check_room, set_budget
+from autotune.account import check_room, memory_taken, set_budget
 from autotune.cards import find_rates
 from autotune.errands import DataSummary, Preprocessed
 from autotune.errors import ConfigurationError, NothingFitsError
@@ -287,7 +287,7 @@ def _measure_or_estimate(resolved: Resolved, remembering: Remembering) -> tuple[
     """Plan by dry steps; where a worker dies of them, or hangs, by the trace alone, which the plan then says."""
     facts, inputs = _inputs(resolved, search=True, demo=False, offline=remembering.offline)
     try:
-        plan = _measure(inputs, remembering, search=True).plan
+        plan = _measure(resolved.settings, inputs, remembering, search=True).plan
         assert plan is not None
     except WorkerCrashedError as error:
         warn(f"{error}\nso nothing was measured: this is an estimate, and chatlm train --auto would not begin")
@@ -299,7 +299,7 @@ def _measure_or_estimate(resolved: Resolved, remembering: Remembering) -> tuple[
 def _decide(resolved: Resolved, remembering: Remembering, *, search: bool, demo: bool) -> tuple[Preprocessed, Planner]:
     """Plan, telling of each trial."""
     facts, inputs = _inputs(resolved, search=search, demo=demo, offline=remembering.offline)
-    return facts, _measure(inputs, remembering, search=search)
+    return facts, _measure(resolved.settings, inputs, remembering, search=search)
 
 
 def _inputs(resolved: Resolved, *, search: bool, demo: bool, offline: bool = False) -> tuple[Preprocessed, PlanInputs]:
@@ -310,7 +310,7 @@ def _inputs(resolved: Resolved, *, search: bool, demo: bool, offline: bool = Fal
     return facts, make_inputs(settings, facts, hardware, request)
 
 
-def _measure(inputs: PlanInputs, remembering: Remembering, *, search: bool) -> Planner:
+def _measure(settings: Settings, inputs: PlanInputs, remembering: Remembering, *, search: bool) -> Planner:
     hardware, request = inputs.hardware, inputs.request
     key = (cache_dir(), inputs.workload, hardware, request)
     known = cache.recall(*key) if remembering.cache else None
@@ -329,8 +329,11 @@ def _measure(inputs: PlanInputs, remembering: Remembering, *, search: bool) -> P
         and not any(explored.traced for explored in planner.evidence.explored)
     ):
         warn("this model cannot be traced: it was planned by dry steps alone")
-    if planner.plan is not None and (slower := slower_precision(planner.plan)):
-        warn(slower)
+    assert planner.plan is not None
+    now = set_budget(_look_at_hardware(settings), request.memory_limit_bytes, request.headroom)
+    for note in (slower_precision(planner.plan), memory_taken(planner.plan, now)):
+        if note:
+            warn(note)
     return planner
 
 
@@ -347,10 +350,7 @@ def _estimate(resolved: Resolved, hardware: Hardware) -> tuple[Preprocessed, Pla
 
 def _read_hardware(settings: Settings) -> Hardware:
     """Read it, and tell at once what people should know of it: a plan may not come."""
-    among = launched(settings.ranks)
-    hardware = read_hardware(Path(settings.output_dir or "."), among.local_world_size if among else settings.ranks)
-    if among is not None:
-        hardware = among.share_out(hardware)
+    hardware = _look_at_hardware(settings)
     for note in hardware.notes:
         warn(note)
     if settings.backend == "nccl" and hardware.device == "cpu":
@@ -358,6 +358,12 @@ def _read_hardware(settings: Settings) -> Hardware:
             "--backend nccl is for cards, and this trains on a processor", "leave it out, or give gloo"
         )
     return hardware
+
+
+def _look_at_hardware(settings: Settings) -> Hardware:
+    among = launched(settings.ranks)
+    hardware = read_hardware(Path(settings.output_dir or "."), among.local_world_size if among else settings.ranks)
+    return hardware if among is None else among.share_out(hardware)
 
 
 def _preprocess(settings: Settings, cores: int, *, demo: bool) -> Preprocessed:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import workload
 
-from autotune.account import AMPLE, Budget, check_room
+from autotune.account import AMPLE, Budget, check_room, memory_taken
 from autotune.batching import balanced_cuts, useful_sizes
 from autotune.errands import DRY_LENGTHS, EXPLORING_LENGTHS, DataSummary, Dry, TraceReport
 from autotune.errors import ConfigurationError, NothingFitsError
@@ -540,6 +540,28 @@ def test_an_erratic_size_is_not_promised_and_those_beside_it_are() -> None:
     assert plan.batching.micro_batch_size in (15, 18), "what 120 is cut to below 20"
     assert plan.memory.measured_peak_bytes is not None
     assert plan.memory.measured_peak_bytes <= plan.memory.budget_bytes
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(40, 400))
+def test_memory_that_is_taken_while_planning_is_told_or_planned_with(when: int, taken: int, per_row: int) -> None:
+    """From the trial on that finds it gone nothing is promised that does not fit; what was measured before is told."""
+
+    class Taken(Machine):
+        def try_size(self, errand: Dry, *rest: Any) -> Trial:
+            gone = taken * GIB if len(self.tried) >= when else 0
+            return super().try_size(errand.model_copy(update={"limit_bytes": errand.limit_bytes - gone}), *rest)
+
+    machine = Taken(GIB // 4, per_row * MIB)
+    now = Budget((7 - taken) * GIB, "the card", 0)
+    try:
+        plan = plan_on(machine, prefer="largest")
+    except NothingFitsError:
+        assert GIB // 4 + per_row * MIB > now.limit_bytes - GIB
+        return
+    peak = plan.memory.measured_peak_bytes or 0
+    assert machine.tried.index(("tight", plan.batching.largest_safe_micro_batch_size)) < when or peak <= now.limit_bytes
+    told = memory_taken(plan, now)
+    assert ("memory was taken while this was planned" in told) == (peak > now.limit_bytes)
 
 
 def test_only_sizes_that_save_a_micro_batch_are_tried() -> None:
