@@ -39,7 +39,7 @@ def new_state(family: str = "llama", optimizer: str = "adamw", seed: int = 0) ->
     for group in state.optimizer.param_groups:
         group["lr"] = 0.1
     state.optimizer.step()
-    state.loss_scale.fill_(1024.0)
+    state.loss_scale.fill_(1024.0 * 2**seed)
     state.steps_since_overflow.fill_(seed)
     return state
 
