@@ -75,12 +75,6 @@ MUTATIONS = {
         "        for old in all_in(checkpoints):\n            _discard(old)\n        with _hidden(target):",
         KILLED,
     ),
-    "it is written where it is looked for": Mutation(
-        CHECKPOINT,
-        'partial = checkpoints / f".{target.name}.partial"',
-        'partial = checkpoints / f"step-9{target.name[6:]}"',
-        KILLED,
-    ),
     "the folder is not synced before it has its name": Mutation(
         CHECKPOINT, "    _sync(folder / MANIFEST)\n    _sync(folder)\n", "    _sync(folder / MANIFEST)\n", POWER
     ),
