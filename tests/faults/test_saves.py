@@ -148,7 +148,9 @@ def test_a_disk_that_refuses_any_call_of_a_save(error: str, in_a_save: Any, tmp_
         assert ended.struck or ended.said == SAVED
         found = find(folder)
         assert found is not None
-        assert found.folder.name == name_of(STEP if ended.said == SAVED else BEFORE), (call, place)
+        # One whose name could not be synced is said to have failed, and is there.
+        allowed = (STEP,) if ended.said == SAVED else (BEFORE, STEP)
+        assert found.folder.name in map(name_of, allowed), (call, place)
         if ended.said != SAVED:
             check_sentence(ended.said, folder)
             assert saving.into(folder)() == SAVED
