@@ -5,11 +5,12 @@ SMOKE := .venv-smoke/bin
 PEERS := .venv-peers/bin
 PURE := autotune/plan.py,autotune/evidence.py,autotune/search.py,autotune/account.py,autotune/alternatives.py,autotune/estimate.py,autotune/levers.py,autotune/inputs.py,autotune/batching.py,autotune/layout.py,autotune/forecast.py,autotune/bottleneck.py,autotune/errands.py,trainer/microbatch.py,trainer/progress.py
 
-.PHONY: help demo test check faults faults-full smoke bench clean
+.PHONY: help demo test check slow faults faults-full smoke bench clean
 help:
 	@echo "make demo    train a tiny model on real Chinese dialogues, in minutes, on a processor"
 	@echo "make test    run the tests"
 	@echo "make check   formatting, lint, types, import contracts, tests, coverage of the pure files"
+	@echo "make slow    the tests that take minutes each, before a release"
 	@echo "make faults  break the promises of docs/reliability.md on purpose; five minutes, Linux, better as root"
 	@echo "make faults-full   the same as often as it says; an hour"
 	@echo "make smoke   build the wheel, install it apart, plan and train with it"
@@ -38,6 +39,10 @@ check: .venv/ready
 	$(BIN)/lint-imports
 	$(BIN)/pytest --cov --cov-report=
 	$(BIN)/coverage report --include=$(PURE) --fail-under=100 --show-missing
+
+# Whole plans and launches, of minutes each.
+slow: .venv/ready
+	$(BIN)/pytest -m slow
 
 faults: .venv/ready
 	$(BIN)/pytest tests/faults -rP

@@ -21,6 +21,7 @@ GIB = 2**30
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of its own making, while it compiles
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler")
 def test_compiled_layers_have_the_gradient_of_the_model_and_are_compiled_once_for_all_lengths() -> None:

@@ -196,6 +196,7 @@ def test_published_runs_of_minimind_are_estimated_to_15_percent(rows: int, publi
     assert peak_of(work, rows) == pytest.approx(published * GB, rel=0.15)
 
 
+@pytest.mark.slow
 def test_published_runs_of_chatlm_fit_and_do_not_as_they_did() -> None:
     """All weights on 19.58 GiB, vocabulary 40,960: 32 rows of 252 tokens ran out, 24 of 192 took 13.5 to 13.7 GB.
 

@@ -229,6 +229,7 @@ def test_the_same_plan_comes_again_after_one_short_check_or_none(planned: Planne
     assert [done.stderr.count("dry steps of") for done in (again, offline)] == [1, 0]
 
 
+@pytest.mark.slow
 def test_levers_and_profiles_are_tabled_by_the_trace(dialogues: Path, chatlm: CommandRunner) -> None:
     done = chatlm("plan", "--gpu", "RTX 3060", "--effective-batch-size", 960, "--vary", "max-seq-len=128,1024",
                   "--vary", "gpus=2", "--json")  # fmt: skip

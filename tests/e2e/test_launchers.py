@@ -21,6 +21,7 @@ LAUNCHERS = {
 """What each machine is told: all but one on one machine, the last by a rendezvous of two agents."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_the_command_trains_alike_by_itself_and_inside_the_launchers_that_people_know(
     launcher: str, tmp_path: Path, chatlm: CommandRunner, chatlm_environment: dict[str, str]

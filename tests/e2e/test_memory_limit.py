@@ -46,6 +46,7 @@ def kills(group: Path) -> int:
     return int(dict(line.split() for line in counts.read_text().splitlines())["oom_kill"])
 
 
+@pytest.mark.slow
 def test_inside_a_memory_control_group_it_plans_what_fits_and_is_not_killed(
     memory_group: Path, tmp_path: Path, real_data: Path, chatlm_environment: dict[str, str]
 ) -> None:

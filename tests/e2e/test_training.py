@@ -148,6 +148,7 @@ def test_a_size_that_was_given_and_does_not_fit_is_refused(dialogues: Path, chat
     assert "--auto" in done.stderr
 
 
+@pytest.mark.slow
 def test_where_one_row_does_not_fit_the_answer_names_what_would(chatlm: CommandRunner) -> None:
     done = chatlm("plan", "--model", "tiny", "--memory-limit", "514MiB", "--max-seq-len", 1024)
     assert done.returncode == 1
