@@ -84,7 +84,7 @@ def save(checkpoints: Path, state: TrainState, progress: Progress, origin: Origi
             os.rename(partial, target)  # noqa: PTH104 # fails where there is one already
             _sync(checkpoints)
     except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         of_memory = is_memory_error(error)
         if isinstance(error, RuntimeError) and not of_memory:
             raise
@@ -212,7 +212,7 @@ def recover(checkpoints: Path) -> None:
         if not target.exists() and is_whole(folder, target.name):
             folder.rename(target)
         else:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
 
 
 def give_up_after(checkpoints: Path, step: int) -> list[Path]:
@@ -237,7 +237,7 @@ def _discard(folder: Path) -> None:
 def _hidden(folder: Path) -> Iterator[None]:
     """Put a folder, if there is one, out of sight, and remove it afterwards; where something fails it is back."""
     hidden = folder.with_name(f".{folder.name.lstrip('.')}.removed")
-    shutil.rmtree(hidden, ignore_errors=True)
+    _remove(hidden)
     if folder.exists():
         folder.rename(hidden)
     try:
@@ -246,7 +246,13 @@ def _hidden(folder: Path) -> Iterator[None]:
         if hidden.exists():
             hidden.rename(folder)
         raise
-    shutil.rmtree(hidden, ignore_errors=True)
+    _remove(hidden)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder with all in it, as far as the disk lets us; shutil still raises where one cannot be closed."""
+    with suppress(OSError):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

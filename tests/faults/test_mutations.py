@@ -82,7 +82,7 @@ MUTATIONS = {
     "the new name is not synced": Mutation(CHECKPOINT, "            _sync(checkpoints)\n", "", POWER),
     "a save that fails is taken for one": Mutation(
         CHECKPOINT,
-        "        shutil.rmtree(partial, ignore_errors=True)\n        of_memory",
+        "        _remove(partial)\n        of_memory",
         "        return target\n        of_memory",
         FAULTS + "test_saves.py::test_a_disk_that_refuses_any_call_of_a_save[ENOSPC]",
     ),
@@ -145,7 +145,11 @@ def test_a_seeded_bug_is_found(bug: str, tmp_path: Path, tell: Any) -> None:
     text = file.read_text(encoding="utf-8")
     assert text.count(mutation.words) == 1, "the words are no longer there"
     file.write_text(text.replace(mutation.words, mutation.others), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "CHATLM_FAULTS": ""}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path),
+        "CHATLM_FAULTS": "full" * mutation.test.startswith(WORKER),
+    }
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", mutation.test],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600,

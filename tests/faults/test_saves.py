@@ -17,7 +17,7 @@ import facts
 import pytest
 from power import Disk, recorded
 from small_runs import Rows, going_on, losses, run, small_errand, weights
-from tiers import FULL, trials
+from tiers import FULL, some, trials
 from traced import Work, each_call, inject, needs_strace, strace
 
 from autotune.errands import Train
@@ -125,7 +125,7 @@ def test_killed_at_every_system_call_of_a_save(over_damaged: bool, in_a_save: An
     in_a_save(strike)
 
 
-@pytest.mark.parametrize("error", ["ENOSPC", "EIO", "EROFS", "EDQUOT"])
+@pytest.mark.parametrize("error", some(["ENOSPC", "EROFS", "EIO", "EDQUOT"], 2))
 def test_a_disk_that_refuses_any_call_of_a_save(error: str, in_a_save: Any, tmp_path: Path, tell: Any) -> None:
     """Once, or from then on: what was there is whole, the sentence says why, and the next save succeeds."""
     calls = WRITING + (READING if error == "EIO" else ())

@@ -17,7 +17,7 @@ from tiers import trials
 from autotune.process import held_bytes
 
 MIB = 2**20
-STEPS, FIRST, SAVE_EVERY = trials(1200, 20_000), trials(400, 1000), trials(20, 100)
+STEPS, FIRST, SAVE_EVERY = trials(800, 20_000), trials(300, 1000), trials(20, 100)
 
 
 def test_memory_descriptors_and_threads_stay_what_they_were(
