@@ -131,7 +131,7 @@ def test_where_dry_steps_cannot_be_taken_a_plan_says_that_it_is_an_estimate(
 def test_a_planner_that_is_killed_leaves_no_process(home: Path, tmp_path: Path, tell: Any) -> None:
     """At any moment of a plan: as it imports, tokenizes, traces, takes dry steps; all are gone within 2 s."""
     random.seed(8)
-    command, trials(2, 50)
+    command, count = Command(tmp_path, home), trials(2, 50)
     began = time.monotonic()
     assert command("plan", "--no-cache").returncode == 0
     whole = time.monotonic() - began
