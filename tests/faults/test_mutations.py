@@ -69,10 +69,10 @@ MUTATIONS = {
         "if False:",
         FAULTS + "test_runs.py::test_damage_is_named_and_the_one_before_is_used",
     ),
-    "what is older goes before the new one has its name": Mutation(
+    "what is older goes before the new one is written": Mutation(
         CHECKPOINT,
-        "        with _hidden(target):",
-        "        for old in all_in(checkpoints):\n            _discard(old)\n        with _hidden(target):",
+        "        partial.mkdir()\n",
+        "        for old in all_in(checkpoints):\n            _discard(old)\n        partial.mkdir()\n",
         KILLED,
     ),
     "the folder is not synced before it has its name": Mutation(
