@@ -57,17 +57,17 @@ class RunExistsError(UserError):
 
 DISK = {
     getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "ENAMETOOLONG", "ENOTDIR", "EISDIR")
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "ENAMETOOLONG", "ENOTDIR", "EISDIR")
     if hasattr(errno, name)
 }
 
 
-def disk_error(error: OSError, place: object = None) -> MachineError | None:
+def disk_error(error: OSError) -> MachineError | None:
     """Say what a disk refused, in a sentence; None where it is no disk that did."""
     if error.errno not in DISK:
         return None
     return MachineError(
-        f"{error.filename or place or 'a file'}: {error.strerror}",
+        f"{error.filename or 'a file'}: {error.strerror}",
         "free some of the disk, or give folders that can be written: --output-dir, and XDG_CACHE_HOME for the cache",
     )
 

@@ -102,7 +102,7 @@ class Worker:
             # What compiles beside a worker holds memory that no plan counts.
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
-            "CHATLM_PARENT": str(os.getpid()),
+            "CHATLM_PARENT": str(os.getpid()),  # trainer.ties
         }
         self._lines: queue.Queue[bytes | None] = queue.Queue(MOST_LINES)
         # A session (on Windows a group) of its own: Ctrl-C in the terminal reaches us alone, and we tell the worker.

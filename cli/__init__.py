@@ -51,15 +51,16 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except (typer.Exit, KeyboardInterrupt):
             raise
         except Exception as error:
-            if debug:
-                raise
             from cli.render.console import fail
 
-            told = error if isinstance(error, UserError) else None
-            if isinstance(error, OSError):
-                told = disk_error(error)
+            told: UserError | None = disk_error(error) if isinstance(error, OSError) else None
+            if isinstance(error, UserError):
+                told = error
             if told is not None:
                 fail(told.message, told.hint)
+            if debug:
+                raise
+            if told is not None:
                 raise typer.Exit(told.exit_code) from None
             fail(
                 f"internal error: {type(error).__name__}: {error}",

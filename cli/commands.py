@@ -83,13 +83,7 @@ def plan_command(
     if show_config:
         print_config(resolved)
         return
-    if gpu is None and gpus > 1:
-        raise ConfigurationError("--gpus and --nodes count cards that are named", "give --gpu CARD too")
-    if gpu is not None and resolved.settings.ranks > 1:
-        raise ConfigurationError(
-            f"--ranks {resolved.settings.ranks}, and ranks are as many as there are of a card that is named",
-            f"give --gpus {resolved.settings.ranks} in place of --ranks",
-        )
+    _check_cards(gpu, gpus, resolved.settings.ranks)
     if compare and varied:
         raise ConfigurationError("--compare and --vary are two tables", "give one of them")
     imagined = imagine_hardware(gpu, gpus, Path(resolved.settings.output_dir or ".")) if gpu else None
@@ -119,6 +113,17 @@ def plan_command(
     if explain:
         print_trials(plan)
         print_account(plan.memory)
+
+
+def _check_cards(gpu: str | None, gpus: int, ranks: int) -> None:
+    """Raise ConfigurationError where cards are counted that are not named, or counted twice."""
+    if gpu is None and gpus > 1:
+        raise ConfigurationError("--gpus and --nodes count cards that are named", "give --gpu CARD too")
+    if gpu is not None and ranks > 1:
+        raise ConfigurationError(
+            f"--ranks {ranks}, and ranks are as many as there are of a card that is named",
+            f"give --gpus {ranks} in place of --ranks",
+        )
 
 
 def data_command(

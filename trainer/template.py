@@ -96,7 +96,7 @@ class ChatTemplate:
 
 def _refuse(place: str, what: str) -> NoReturn:
     raise ConfigurationError(
-        f"{place}: the tokenizer's chat template takes more {what} than any that is one needs",
+        f"{place}: the tokenizer's chat template takes more {what} than a chat template can need",
         "it is no chat template: take it out of the tokenizer's folder, or give another --tokenizer",
     )
 

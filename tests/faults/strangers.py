@@ -196,7 +196,7 @@ def pickles(canary: Path) -> Iterator[tuple[str, bytes]]:
             yield name, content
 
 
-def configurations(canary: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def configurations() -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield what a config.json may ask for besides being one."""
     for kind in ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer"):
         for module in ("evil.Evil", "../evil.Evil", "stranger/repository--evil.Evil"):
