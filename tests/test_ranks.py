@@ -79,7 +79,7 @@ def run_together(
     return [json.loads(line) for line in answers[0][0].splitlines()]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_ranks_give_the_losses_of_one_whatever_the_batch_and_whoever_has_no_sample(
     world_size: int, tmp_path: Path
 ) -> None:
@@ -238,6 +238,7 @@ def test_ranks_whose_launcher_is_told_to_stop_or_is_gone_save_and_leave(number: 
     assert of_kind(rows, "checkpoint")
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_not_waited_for_where_nobody_watches_any_more(endless: Train) -> None:
     """The supervisor is gone, and a rank is stopped: the other leaves by its heartbeat, the launcher ends the rest."""
     with launched(endless, 2) as worker:

@@ -18,8 +18,10 @@ from trainer import manifest
 EVERY = facts.saving(every_steps=1)
 
 
-@pytest.mark.parametrize("micro_batch_size", [2, 8])
-@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize(
+    ("family", "micro_batch_size"),
+    [("t5", 2), ("llama", 8), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("t5", 8), ("llama", 2)])],
+)
 def test_stopped_at_any_step_and_resumed_it_is_the_run_that_was_never_stopped(
     family: str, micro_batch_size: int, tmp_path: Path
 ) -> None:

@@ -185,11 +185,15 @@ def test_the_trace_and_the_process_are_what_is_measured(
     assert trial.peak_bytes == pytest.approx(report.process_bytes + peak(one), rel=0.15)
 
 
+def slow(*case: Any) -> Any:
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 GB = 10**9
 """The published figures are those of nvidia-smi and of torch, to one or two digits."""
 
 
-@pytest.mark.parametrize(("rows", "published"), [(32, 7.0), (64, 13.0), (128, 23.0)])
+@pytest.mark.parametrize(("rows", "published"), [(32, 7.0), slow(64, 13.0), slow(128, 23.0)])
 def test_published_runs_of_minimind_are_estimated_to_15_percent(rows: int, published: float) -> None:
     """MiniMind-26M at 512 tokens: about 7 GB, "under 14" (which people round up to), about 23 GB."""
     work = facts.workload(model="minimind-26m", vocabulary_size=6400, max_seq_len=512)
@@ -210,7 +214,7 @@ def test_published_runs_of_chatlm_fit_and_do_not_as_they_did() -> None:
     assert peak_of(shorter, 24) == pytest.approx(13.6 * GB, rel=0.2)
 
 
-@pytest.mark.parametrize(("rows", "published"), [(8, 8.0), (24, 18.5)])
+@pytest.mark.parametrize(("rows", "published"), [slow(8, 8.0), (24, 18.5)])
 def test_published_runs_with_a_frozen_encoder_are_estimated_to_20_percent(rows: int, published: float) -> None:
     """Of a 20 GB card 8 rows took about 40 %, 24 about 95 % (18 to 19 GB), of texts of up to 512 characters.
 
@@ -247,7 +251,7 @@ def peak_of(work: Workload, rows: int) -> int:
     return peak
 
 
-@pytest.mark.parametrize(("model", "hours"), [("minimind-26m", 1.0), ("minimind-104m", 3.3)])
+@pytest.mark.parametrize(("model", "hours"), [("minimind-26m", 1.0), slow("minimind-104m", 3.3)])
 def test_published_times_of_minimind_are_estimated_to_15_percent(model: str, hours: float) -> None:
     """One epoch of its small SFT set on one RTX 3090: 18,981 steps of 64 rows, each padded to 512 tokens."""
     work = facts.workload(model=model, vocabulary_size=6400, max_seq_len=512)

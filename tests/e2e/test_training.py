@@ -18,7 +18,8 @@ from test_command_line import DIALOGUES, write_rows
 from transformers import AutoModelForCausalLM
 
 SHORT = ("--max-seq-len", 64, "--effective-batch-size", 7)
-FIXED = ("--max-seq-len", 64, "--effective-batch-size", 7, "--batch-size-per-gpu", 7)
+FIXED = (*SHORT, "--batch-size-per-gpu", 7, "--compile", "off")
+"""A run that is measured anew; for what is no matter of planning there is `plan`."""
 GIB = 2**30
 
 
@@ -188,12 +189,18 @@ def started(tmp_path: Path, environment: dict[str, str], steps: int, *more: str)
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     file = tmp_path / "run" / "metrics.jsonl"
-    _wait_until(lambda: (file.exists() and file.read_text().count('"train"') >= steps) or process.poll() is not None)
+    try:
+        _wait_until(
+            lambda: (file.exists() and file.read_text().count('"train"') >= steps) or process.poll() is not None
+        )
+    except AssertionError:
+        kill_all(process)
+        raise
     assert process.poll() is None, process.communicate()
     return process
 
 
-def _wait_until(holds: Callable[[], bool], seconds: float = 120) -> None:
+def _wait_until(holds: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "waited in vain"
@@ -274,10 +281,10 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 
 
 def test_stopped_or_killed_and_resumed_by_the_command_that_is_told_it_is_the_same_run(
-    tmp_path: Path, dialogues: Path, chatlm_environment: dict[str, str], chatlm: CommandRunner
+    tmp_path: Path, dialogues: Path, plan: tuple[str, ...], chatlm_environment: dict[str, str], chatlm: CommandRunner
 ) -> None:
     """SIGTERM, SIGUSR1, then signal 9 to all of it: the losses of what remains are those of a run left alone."""
-    more = (*map(str, FIXED), "--epochs", "30", "--save-every", "5", "--samples", "0")
+    more = (*plan, "--epochs", "30", "--save-every", "5", "--samples", "0")
     done = chatlm("train", "--data", dialogues, *more, "--output-dir", "whole")
     assert done.returncode == 0, done.stderr
     process = started(tmp_path, chatlm_environment, 3, *more)
@@ -307,10 +314,10 @@ def test_stopped_or_killed_and_resumed_by_the_command_that_is_told_it_is_the_sam
 
 
 def test_one_run_at_a_time_in_a_folder_and_a_second_ctrl_c_ends_it_at_once_and_harms_nothing(
-    tmp_path: Path, dialogues: Path, chatlm_environment: dict[str, str], chatlm: CommandRunner
+    tmp_path: Path, dialogues: Path, plan: tuple[str, ...], chatlm_environment: dict[str, str], chatlm: CommandRunner
 ) -> None:
-    process = started(tmp_path, chatlm_environment, 9, *map(str, FIXED), "--epochs", "100000", "--save-every", "2")
-    again = ("train", "--data", dialogues, *FIXED, "--max-steps", 12, "--output-dir", "run", "--resume")
+    process = started(tmp_path, chatlm_environment, 9, *plan, "--epochs", "100000", "--save-every", "2")
+    again = ("train", "--data", dialogues, *plan, "--max-steps", 12, "--output-dir", "run", "--resume")
     second = chatlm(*again)
     assert second.returncode == 5
     assert f"run is in use by process {process.pid} on " in second.stderr
@@ -325,41 +332,42 @@ def test_one_run_at_a_time_in_a_folder_and_a_second_ctrl_c_ends_it_at_once_and_h
 
 
 def test_killed_before_the_first_checkpoint_it_begins_anew_and_says_so(
-    tmp_path: Path, dialogues: Path, chatlm_environment: dict[str, str], chatlm: CommandRunner
+    tmp_path: Path, dialogues: Path, plan: tuple[str, ...], chatlm_environment: dict[str, str], chatlm: CommandRunner
 ) -> None:
-    process = started(
-        tmp_path, chatlm_environment, 2, *map(str, FIXED), "--epochs", "100000", "--save-every", "1000000"
-    )
+    process = started(tmp_path, chatlm_environment, 2, *plan, "--epochs", "100000", "--save-every", "1000000")
     for child in psutil.Process(process.pid).children(recursive=True):
         child.kill()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "killed by signal 9" in err
-    done = chatlm("train", "--data", dialogues, *FIXED, "--max-steps", 3, "--output-dir", "run", "--resume")
+    done = chatlm("train", "--data", dialogues, *plan, "--max-steps", 3, "--output-dir", "run", "--resume")
     assert done.returncode == 0, done.stderr
     assert "run has no checkpoint: beginning at the start" in done.stderr
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3]
 
 
-def test_other_data_or_another_batch_is_refused_by_name(tmp_path: Path, dialogues: Path, chatlm: CommandRunner) -> None:
-    first = ("train", "--data", dialogues, *FIXED, "--output-dir", "run", "--samples", 0)
+def test_other_data_or_another_batch_is_refused_by_name(
+    tmp_path: Path, dialogues: Path, plan: tuple[str, ...], chatlm: CommandRunner
+) -> None:
+    first = ("train", "--data", dialogues, *plan, "--output-dir", "run", "--samples", 0)
     assert chatlm(*first).returncode == 0
     shorter = write_rows(tmp_path / "shorter.jsonl", DIALOGUES[:-1])
-    done = chatlm("train", "--data", shorter, *FIXED, "--output-dir", "run", "--epochs", 2, "--resume",
+    done = chatlm("train", "--data", shorter, *plan, "--output-dir", "run", "--epochs", 2, "--resume",
                   "--tokenizer", "run/model")  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "was trained with another data: " in done.stderr
     before = (tmp_path / "run" / "plan.json").read_bytes()
-    done = chatlm(*first, "--effective-batch-size", 5, "--batch-size-per-gpu", 5, "--epochs", 2, "--resume")
+    done = chatlm("train", "--data", dialogues, *FIXED, "--effective-batch-size", 5, "--batch-size-per-gpu", 5,
+                  "--output-dir", "run", "--epochs", 2, "--resume")  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "was trained with another effective batch size: 7 then, 5 now" in done.stderr
     assert (tmp_path / "run" / "plan.json").read_bytes() == before, "what is refused changes nothing"
-    done = chatlm("train", "--data", shorter, *FIXED, "--output-dir", "other", "--resume-from", "run",
+    done = chatlm("train", "--data", shorter, *plan, "--output-dir", "other", "--resume-from", "run",
                   "--resume-weights-only", "--tokenizer", "run/model", "--max-steps", 1)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "its weights alone" in done.stderr
     moved = dialogues.rename(tmp_path / "moved.jsonl")
-    done = chatlm("train", "--data", moved, *FIXED, "--output-dir", "run", "--epochs", 2, "--resume", "--samples", 0)
+    done = chatlm("train", "--data", moved, *plan, "--output-dir", "run", "--epochs", 2, "--resume", "--samples", 0)
     assert done.returncode == 0, done.stderr
     assert "changed since it was saved: epochs 1.0 -> 2.0" in done.stderr
     assert len(metrics(tmp_path / "run")) == 8

@@ -24,7 +24,10 @@ QUESTIONS = {
     "What is a plan?": "What would run here, and why.",
     "一加一等于几？": "等于二。",
 }
-LENGTH = ("--max-seq-len", 64, "--effective-batch-size", 7, "--batch-size-per-gpu", 7, "--samples", 0)
+LENGTH = (
+    *("--max-seq-len", 64, "--effective-batch-size", 7, "--batch-size-per-gpu", 7),
+    *("--compile", "off", "--samples", 0),
+)
 VOCABULARY = 300
 
 
