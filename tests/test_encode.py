@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from contextlib import nullcontext
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from autotune.errors import ConfigurationError, DataError
 from trainer.encode import BATCH, Encoder, Sample, end_ids
 from trainer.records import Record, Turn, read_records
+from trainer.template import ChatTemplate, limited
 from trainer.tokenizer import load_tokenizer, train_tokenizer
 
 UNLIMITED = 10**6
@@ -136,6 +139,25 @@ def test_a_conversation_that_the_template_refuses_is_an_error_with_the_place(ref
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
     with pytest.raises(DataError, match=r"x\.jsonl: line 7: the tokenizer's chat template refuses this conversation"):
         encode(REFUSED[refused], tokenizer=word_tokenizer(refuses + PLAIN))
+
+
+ENDLESS = (
+    "{% if messages[0].content == 'b' %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    "{% endif %}" + PLAIN
+)
+
+
+def test_one_conversation_that_takes_a_template_too_long_is_an_error_and_many_that_take_as_long_are_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trainer.template.SECONDS", 0.4)
+    template, began = ChatTemplate(word_tokenizer(ENDLESS)), time.process_time()
+    with limited():
+        while time.process_time() - began < 1:
+            template.render([Turn("user", "1")], "file: row 1", prompt=True)
+    for around in (limited, nullcontext):
+        with around(), pytest.raises(ConfigurationError, match=r"x\.jsonl: line 7: .* takes more time than"):
+            template.render([Turn("user", "b")], "x.jsonl: line 7", prompt=True)
 
 
 @pytest.mark.parametrize("task", ["causal", "seq2seq"])

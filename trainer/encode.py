@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from autotune.errors import ConfigurationError, DataError
 from autotune.plan import Stage, Task
 from trainer.records import Record, Turn
-from trainer.template import ChatTemplate
+from trainer.template import ChatTemplate, limited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -110,7 +110,9 @@ class Encoder:
             encode_batch = self._conversations
         records = iter(records)
         while batch := list(islice(records, BATCH)):
-            yield from encode_batch(batch)
+            with limited():
+                samples = list(encode_batch(batch))
+            yield from samples
 
     def prompt(self, text: str) -> list[int]:
         """Encode a question, or a document's beginning, as what comes before an answer in training.

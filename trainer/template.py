@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SECONDS = 5
-"""Of processor time for one conversation: real ones take less than a thousandth of it."""
+"""Of processor time at most for one conversation: real ones take less than a thousandth of it."""
 MIB = 2**20
 CHILD_BYTES = 512 * MIB
 """Of address space that a first rendering may take beyond what the process has."""
@@ -48,7 +48,7 @@ class ChatTemplate:
         """
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
-            with _limited():
+            with limited(), _clock:
                 template = _compiled(self._tokenizer.get_chat_template())
                 return str(template.render(messages=messages, add_generation_prompt=prompt, **self._given))
         except (_TooLongError, MemoryError) as error:
@@ -105,22 +105,49 @@ class _TooLongError(BaseException):
     """Raised inside a template by the clock: nothing there can catch it."""
 
 
+class _Clock:
+    """Ends a rendering that is still the same at a second tick: what is long watched is many that are short."""
+
+    ticking = False
+
+    def __init__(self) -> None:
+        self._number, self._running, self._seen = 0, False, 0
+
+    def __enter__(self) -> None:
+        self._number += 1
+        self._running = True
+
+    def __exit__(self, *_: object) -> None:
+        self._running = False
+
+    def tick(self, _number: int, _frame: FrameType | None) -> None:
+        """Answer a signal."""
+        if self._running and self._seen == self._number:
+            raise _TooLongError
+        self._seen = self._number
+
+
+_clock = _Clock()
+
+
 @contextmanager
-def _limited() -> Iterator[None]:
-    """Interrupt what takes longer than the limit, where signals can."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+def limited() -> Iterator[None]:
+    """Interrupt each rendering inside that takes longer than the limit, where signals can.
+
+    Around many, since a timer set for each takes as long as the rendering.
+    """
+    possible = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if _clock.ticking or not possible:
         yield
         return
-    signal.signal(signal.SIGVTALRM, _interrupt)
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    signal.signal(signal.SIGVTALRM, _clock.tick)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS / 2, SECONDS / 2)
+    _clock.ticking = True
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise _TooLongError
+        _clock.ticking = False
 
 
 @cache
