@@ -19,7 +19,7 @@ def print_varied(rows: Sequence[Varied], title: str, *, recommend: bool) -> None
     table = Table(
         title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
-    table.add_column("", overflow="fold", max_width=18)
+    table.add_column("", overflow="fold")
     for name in ("batch", "GiB", "budget", "host", "steps", "epoch", "in all"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
