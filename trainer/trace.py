@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +29,8 @@ from torch.utils.flop_counter import (
 from autotune.batching import PADDING_MULTIPLE
 from autotune.errands import Trace, TraceReport
 from autotune.plan import Traced, Work, Workload
-from trainer.attention import attention_of_cards, attention_of_processors
+from trainer.attention import attention_of_processors
+from trainer.attention_of_cards import attention_of_cards
 from trainer.evaluate import totals
 from trainer.memory import PeakMeter
 from trainer.microbatch import MicroBatch, SpecialTokens, WorstCase, collate
@@ -45,7 +46,21 @@ register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)(
 register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)(
     lambda out, query, key, value, *_, **__: sdpa_backward_flop_count(out, query, key, value)  # type: ignore[no-untyped-call]
 )
+# Ours, as if each block saw all keys: what it sees is not known of fake tensors.
+register_flop_formula(torch.ops.chatlm.attend)(
+    lambda query, key, value, *_, **__: sdpa_flop_count(query, *_for_each_head(query, key, value))  # type: ignore[no-untyped-call]
+)
+register_flop_formula(torch.ops.chatlm.attend_backward)(
+    lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(  # type: ignore[no-untyped-call]
+        [gradient[at] for at in (0, 2, 1, 3)], query, *_for_each_head(query, key, value)
+    )
+)
 RATE, CLIP = 1e-4, 1.0
+
+
+def _for_each_head(query: Sequence[int], *shared: Sequence[int]) -> list[list[int]]:
+    """Return the shapes of keys or values as if no heads shared them."""
+    return [[rows, query[1], *rest] for rows, _, *rest in shared]
 
 
 def trace(errand: Trace) -> Iterator[TraceReport]:
