@@ -37,7 +37,7 @@ from cli.render.units import count
 from cli.render.whatif import print_varied
 from cli.runs import Resuming, RunPlace, check_disk, find_run, write_run
 from cli.training import Going, Job, follow, train
-from cli.whatif import Stage, longest_asked, parse_lever
+from cli.whatif import Stage, check_levers, longest_asked, parse_lever
 from cli.wiring import (
     cache_dir,
     check_ranks,
@@ -89,6 +89,7 @@ def plan_command(
     imagined = imagine_hardware(gpu, gpus, Path(resolved.settings.output_dir or ".")) if gpu else None
     if compare or varied:
         levers = [parse_lever(text) for text in varied]
+        check_levers(levers, given, profile, config, gpu)
         rows = _what_if(given, profile, config, levers, imagined, gpu, remembering)
         if as_json:
             print_json(json.dumps([row._asdict() for row in rows], default=lambda plan: json.loads(plan.to_json())))

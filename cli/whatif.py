@@ -50,6 +50,23 @@ def parse_lever(text: str) -> tuple[str, list[str]]:
     return name, match[2].split(",")
 
 
+def check_levers(
+    levers: Sequence[tuple[str, Sequence[str]]],
+    given: Mapping[str, Any],
+    profile: str | None,
+    config: str | None,
+    gpu: str | None,
+) -> None:
+    """Raise ConfigurationError for a value that cannot be, before any data is read."""
+    for name, values in levers:
+        if name == "gpus" and gpu is None:
+            raise ConfigurationError("gpus can be varied only for a card that is named", "give --gpu CARD")
+        for value in values:
+            read = _read(name, value)
+            if name in FIELDS:
+                resolve({**given, name: read}, config, profile)
+
+
 @dataclass(frozen=True)
 class Stage:
     """Where scenes are set: what was asked, on which data and hardware."""
@@ -91,13 +108,10 @@ class Stage:
             if scene.data is None:
                 raise ConfigurationError("rows can be varied only where there are some", "give --data")
             return scene._replace(data=with_rows(scene.data, _whole(name, value)))
-        if name == "gpus":
-            if self.gpu is None:
-                raise ConfigurationError("gpus can be varied only for a card that is named", "give --gpu CARD")
+        if name == "gpus" and self.gpu is not None:
             hardware = imagine_hardware(self.gpu, _whole(name, value), Path())
             return self._scene(self._resolved({}), search=True, hardware=hardware)
-        number = _whole(name, value) if "int" in str(FIELDS[name].type) else value  # floats are read with the settings
-        return self._scene(self._resolved({name: number}), search=True)
+        return self._scene(self._resolved({name: _read(name, value)}), search=True)
 
     def _scene(self, resolved: Resolved, *, search: bool, hardware: Hardware | None = None) -> PlanInputs:
         settings, hardware = resolved.settings, hardware or self.hardware
@@ -113,6 +127,11 @@ class Stage:
 
 def _cut(data: DataSummary | None, source: int, target: int) -> DataSummary | None:
     return with_length(data, source, target) if data else None
+
+
+def _read(name: str, value: str) -> int | str:
+    """Return what is counted as a number, all else as it is: it is read with the settings."""
+    return _whole(name, value) if name not in FIELDS or "int" in str(FIELDS[name].type) else value
 
 
 def _whole(name: str, value: str) -> int:
