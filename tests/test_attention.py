@@ -146,6 +146,16 @@ def test_what_blocks_do_not_know_is_left_to_torch(what: str) -> None:
     assert torch.equal(made, expected)
 
 
+def test_many_cores_are_left_to_torch() -> None:
+    before, threads = ALL_ATTENTION_FUNCTIONS["sdpa"], torch.get_num_threads()
+    torch.set_num_threads(room.MOST_THREADS + 1)
+    try:
+        with attention_of_processors():
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_afterwards_attention_is_what_it_was() -> None:
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
     with attention_of_processors():

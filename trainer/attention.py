@@ -21,11 +21,16 @@ BLOCK = 128
 """Queries that share a range of keys: fewer compute fewer scores, in smaller products."""
 STRIDE = 32
 """What ranges begin and end at a multiple of: oneDNN makes a kernel for each shape."""
+MOST_THREADS = 8
+"""Blocks come one after another, and each is too little work for more; torch's kernel shares out heads and rows."""
 
 
 @contextmanager
 def attention_of_processors() -> Iterator[None]:
     """Have a model's layers attend in blocks, all but those that drop scores or learn what is added to them."""
+    if torch.get_num_threads() > MOST_THREADS:
+        yield
+        return
     whole, seen = ALL_ATTENTION_FUNCTIONS["sdpa"], _Ranges()
 
     def in_blocks(
