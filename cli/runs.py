@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autotune.disk import sync, write_whole
 from autotune.errands import Resume
 from autotune.errors import ConfigurationError, MachineError, RunExistsError
 from autotune.plan import Hardware, Plan
@@ -120,17 +121,21 @@ def check_disk(folder: Path, plan: Plan, keep_last: int, hardware: Hardware) -> 
 
 
 def write_run(folder: Path, resolved: Resolved, settings: Settings, plan: Plan, evidence: str | None) -> None:
-    """Write what the run was given: `config.toml` with the origin of every value, `plan.json`, `evidence.json`."""
+    """Write what the run was given: `config.toml` with the origin of every value, `plan.json`, `evidence.json`.
+
+    Each is what it was or what it shall be, whatever ends us: a run that goes on writes them again.
+    """
     # What this run alone decided is a comment: the file can be given as --config to another.
     lines = [
         f"{'# ' * (origin in OF_THIS_RUN)}{name} = {json.dumps(value, ensure_ascii=False)}  # {origin}"
         for name, (value, origin) in _decided(resolved, settings, plan, folder).items()
         if value is not None
     ]
-    (folder / "config.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
+    write_whole(folder / "config.toml", "\n".join(lines) + "\n")
+    write_whole(folder / "plan.json", plan.to_json() + "\n")
     if evidence is not None:
-        (folder / "evidence.json").write_text(evidence + "\n", encoding="utf-8")
+        write_whole(folder / "evidence.json", evidence + "\n")
+    sync(folder)
 
 
 def _decided(resolved: Resolved, settings: Settings, plan: Plan, folder: Path) -> dict[str, tuple[Any, str]]:

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shlex
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import facts
 import pytest
 from micro import Command, losses, make_home, refused
-from tiers import some, trials
-from traced import inject, needs_strace, strace
+from power import Disk, recorded
+from tiers import FULL, some, trials
+from traced import each_call, inject, needs_strace, strace
 
-from autotune.errors import MachineError
+from autotune.errors import MachineError, RunExistsError
+from cli.lock import hold
+from cli.runs import write_run
+from profiles import resolve
 from trainer.rows import RowFile
 
 CHINESE = "目录"
@@ -123,6 +131,107 @@ def test_a_disk_that_fills_as_a_run_goes_on_loses_nothing(
     names = ("model/model.safetensors", "model/tokenizer.json")
     assert all((disk / "run" / n).read_bytes() == (tmp_path / "whole" / n).read_bytes() for n in names)
     tell(1)
+
+
+GIVEN = ("config.toml", "plan.json", "evidence.json")
+
+
+def given_in(folder: Path) -> dict[str, str]:
+    """What a run was given, as it stands there."""
+    return {name: (folder / name).read_text(encoding="utf-8") for name in GIVEN}
+
+
+def give(folder: Path, epochs: float) -> str:
+    """Write what a run is given; returns what was refused, if it was."""
+    folder.mkdir(exist_ok=True)
+    resolved, plan = resolve({"epochs": epochs}), facts.plan(workload=facts.workload(dropout=epochs / 10))
+    try:
+        write_run(folder, resolved, resolved.settings, plan, evidence=f"{epochs}")
+    except OSError as error:
+        return str(error.strerror)
+    return ""
+
+
+@needs_strace
+def test_what_a_run_was_given_is_as_it_was_or_as_it_shall_be(tmp_path: Path, tell: Any) -> None:
+    """As it goes on it is written again: killed, refused, or without power, at each call and after each."""
+    random.seed(6)
+    folder = tmp_path / "run"
+    give(folder, 2.0)
+    new = given_in(folder)
+    give(folder, 1.0)
+    old = given_in(folder)
+    assert all(new[name] != old[name] for name in GIVEN)
+
+    def again() -> None:
+        assert give(folder, 1.0) == ""
+
+    def held() -> bool:
+        now = given_in(folder)
+        return all(now[name] in (old[name], new[name]) for name in GIVEN)
+
+    calls = strace(lambda: give(folder, 2.0), ["-e", "trace=openat,write,fsync,rename"], tmp_path).calls
+    count = 0
+    for call, place in each_call(calls):
+        again()
+        killed = strace(lambda: give(folder, 2.0), inject(call, "signal=KILL", place), tmp_path)
+        assert killed.code == -signal.SIGKILL
+        assert held(), (call, place)
+        again()
+        strace(lambda: give(folder, 2.0), inject(call, "error=EDQUOT", place, onwards=True), tmp_path)
+        assert held(), (call, place)
+        count += 2
+    again()
+    before = Disk(folder)
+    operations = recorded(lambda: give(folder, 2.0), folder, tmp_path)
+    states = {s for n in range(len(operations) + 1) for s in before.states(operations[:n], trials(10, 200))}
+    after = set(before.states(operations, trials(10, 200)))
+    for state in states | after:
+        shutil.rmtree(folder)
+        state.lay_out(folder)
+        assert held()
+        assert state not in after or given_in(folder) == new, "it was written"
+    tell(count + len(states | after))
+
+
+@needs_strace
+@pytest.mark.skipif(not FULL, reason="of the full tier")
+def test_killed_as_it_writes_its_plan_again_a_run_goes_on_under_its_plan(
+    command: Command, tmp_path: Path, tell: Any
+) -> None:
+    """A resume for more epochs, whose supervisor dies, and with it the worker, which saves."""
+    run = tmp_path / "run"
+    steps = ("train", "--output-dir", run, "--epochs")
+    assert command(*steps, 1).returncode == 0
+    files = [option for name in ("plan.json", ".plan.json.partial") for option in ("-P", run / name)]
+    calls = ("write", "fsync", "rename")
+    plan = run / "plan.json"
+    for epochs, call in enumerate(calls, 2):
+        plan.write_text(plan.read_text() + "\n")  # else it is the same, and is not written
+        killed = subprocess.run(
+            ["strace", "-o", "calls", *files, *inject(call, "signal=KILL", 1),
+             *command.arguments(*map(str, steps), epochs, "--resume")],
+            cwd=tmp_path, env=command.environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert "planning anew" not in killed.stderr
+        wait_until_free(run)
+    done = command(*steps, 5, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stderr
+    assert "planning anew" not in done.stderr
+    assert [step for step, _ in losses(run)] == list(range(1, 21))
+    tell(len(calls))
+
+
+def wait_until_free(folder: Path) -> None:
+    """A worker whose supervisor was killed saves first, and holds the folder as long."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        with suppress(RunExistsError), hold(folder):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{folder} is still held")
 
 
 @needs_strace
