@@ -92,6 +92,9 @@ EVENTS: dict[str, Callable[[Metrics], list[str]]] = {
     "out_of_memory": out_of_memory_lines,
     "spike": spike_lines,
     "rows_wait": lambda row: [f"step {row['step']}: {row['message']}; rows wait until it can be written"],
+    "curves_end": lambda row: [
+        f"step {row['step']}: {row['message']}; TensorBoard's curves end here, training goes on"
+    ],
     "save_failed": lambda row: [f"step {row['step']}: {row['message']}; training goes on"],
 }
 

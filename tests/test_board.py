@@ -21,3 +21,11 @@ def test_what_is_written_is_what_tensorboard_reads(tmp_path: Path) -> None:
     events.Reload()
     assert set(events.Tags()["scalars"]) == {"train/loss", "train/gradient_norm", "validation/loss"}
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 2.5), (2, 2.0)]
+
+
+def test_where_a_disk_refuses_curves_end_once_and_nothing_else_does(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").touch()
+    with Board(tmp_path / "file" / "run") as board:
+        told = [board.add({"kind": "train", "step": step, "loss": 2.5}) for step in (1, 2, 3)]
+    assert told == [f"{tmp_path / 'file' / 'run'}: Not a directory", "", ""]

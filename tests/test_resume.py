@@ -295,5 +295,9 @@ def test_five_such_steps_in_a_row_end_the_run_with_their_samples_in_a_file(tmp_p
     assert error.value.exit_code == 1
     skipped = of_kind(seen[0], "skipped_step")
     assert [row["step"] for row in skipped] == [4, 5, 6, 7, 8]
-    told = json.loads((tmp_path / "run" / "not-finite.json").read_text())
-    assert [sample["sample"] for sample in told["samples"]] == skipped[-1]["samples"]
+    file = tmp_path / "run" / "not-finite.json"
+    assert [sample["sample"] for sample in json.loads(file.read_text())["samples"]] == skipped[-1]["samples"]
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(TrainingFailedError, match=r"could not be written to .*not-finite.json: Is a directory"):
+        run_while(errand, poisoned)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from autotune.errors import MachineError
 from trainer.rows import RowFile
 
 
@@ -31,3 +34,12 @@ def test_a_run_that_begins_begins_its_file(tmp_path: Path) -> None:
     with RowFile(file, 0) as rows:
         rows.write({"step": 1})
     assert steps(file) == [1]
+
+
+def test_rows_that_cannot_be_cut_are_all_there_and_told(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n')
+    (tmp_path / ".metrics.jsonl.partial").mkdir()
+    with pytest.raises(MachineError, match=r"metrics.jsonl: Is a directory: its rows past step 1 could not be cut"):
+        RowFile(file, 1)
+    assert steps(file) == [1, 2]

@@ -303,13 +303,17 @@ class Run:
     def _fail(self, step: int, ids: Sequence[int]) -> NoReturn:
         """End the run, with the samples of the last step in a file for people to look at."""
         file = Path(self.errand.output_dir) / NOT_FINITE
+        written = f"the samples of the last are in {file}"
         if self.ranks.leads:
             samples = [{"sample": i, "tokens": self.store.tokens(i).tolist()} for i in ids]
-            file.write_text(json.dumps({"step": step, "samples": samples}), encoding="utf-8")
+            try:
+                file.write_text(json.dumps({"step": step, "samples": samples}), encoding="utf-8")
+            except OSError as error:
+                written = f"the samples of the last could not be written to {file}: {error.strerror}"
         self.ranks.any(False)  # an error of another rank would end the one that writes
         raise TrainingFailedError(
             f"{PATIENCE} steps in a row, up to step {step}, had a loss or a gradient that is not finite, "
-            f"and changed no weight; the samples of the last are in {file}",
+            f"and changed no weight; {written}",
             "go on from the last checkpoint with a lower --learning-rate: --resume; or with --precision bf16 or fp32",
         )
 

@@ -65,11 +65,19 @@ def _cut(path: Path, step: int) -> None:
     if not path.exists():
         return
     partial = path.with_name(f".{path.name}.partial")
-    with path.open(encoding="utf-8", errors="replace") as before, partial.open("w", encoding="utf-8") as after:
-        after.writelines(line for line in before if step and _step_of(line) <= step)
-        after.flush()
-        os.fsync(after.fileno())
-    partial.replace(path)
+    try:
+        with path.open(encoding="utf-8", errors="replace") as before, partial.open("w", encoding="utf-8") as after:
+            after.writelines(line for line in before if step and _step_of(line) <= step)
+            after.flush()
+            os.fsync(after.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise MachineError(
+            f"{path}: {error.strerror or error}: its rows past step {step} could not be cut",
+            "free some of the disk; the checkpoints and all rows are there",
+        ) from None
 
 
 def _step_of(line: str) -> float:

@@ -6,6 +6,7 @@ Started afresh for each errand, always with the same imports, so that what a dry
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -50,6 +51,16 @@ DRY_HEARTBEAT_SECONDS = 600.0
 NO_COMPILE = "plan and train with --compile off; compiling takes a C++ compiler, and Triton on a card"
 
 
+class Log(io.FileIO):
+    """The stderr that we were given: what a full disk has no room for is let go, and ends nothing."""
+
+    def write(self, words: Any, /) -> int:
+        """Write words, or lose them."""
+        with contextlib.suppress(OSError):
+            return super().write(words)
+        return len(words)
+
+
 class Events:
     """The line to the supervisor: the stdout we were given, kept apart from whatever libraries print there."""
 
@@ -69,6 +80,9 @@ class Events:
 def main() -> NoReturn:
     """Do the errand that stands on stdin; exit 0, the code of a user's mistake, or 70."""
     events = Events()
+    sys.stdout = sys.stderr = io.TextIOWrapper(
+        Log(2, "w", closefd=False), encoding="utf-8", errors="backslashreplace", write_through=True
+    )
     file = os.environ.get(ERRAND_FILE)
     errand = ERRAND.validate_json(Path(file).read_bytes() if file else sys.stdin.buffer.read())
     _tie_to_parent(errand)
@@ -181,16 +195,18 @@ def _train(errand: Train, events: Events, stopped: Callable[[], bool], ranks: Ra
         for row in chain([first], rows):
             # JSON has no word for a loss that is not finite.
             row = {name: None if value != value or value in (inf, -inf) else value for name, value in row.items()}
+            ended = ""
             if row["kind"] == "sample":
                 refused = samples.write({name: value for name, value in row.items() if name != "kind"})
             else:
                 refused = metrics.write(row, sync=row.get("event") == "checkpoint")
                 if board is not None:
-                    board.add(row)
+                    ended = board.add(row)
             events.send("metrics", row=row)
-            if refused:
-                told = {"kind": "event", "event": "rows_wait", "step": row["step"], "message": refused}
-                events.send("metrics", row=told)
+            for event, message in (("rows_wait", refused), ("curves_end", ended)):
+                if message:
+                    told = {"kind": "event", "event": event, "step": row["step"], "message": message}
+                    events.send("metrics", row=told)
 
 
 def _and_changes(rows: Iterator[dict[str, Any]], hashing: Hashing) -> Iterator[dict[str, Any]]:
@@ -248,8 +264,7 @@ def _tie_to_parent(errand: Errand) -> None:
 
 def _leave(code: int) -> NoReturn:
     """Exit without tearing down: all is written, and a destructor may still hang or crash."""
-    with contextlib.suppress(OSError):  # a disk that is full has no room for last words
-        sys.stderr.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 

@@ -5,28 +5,39 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import facts
 import pytest
+import torch
+from injected import not_a_number
 from micro import Command, losses, make_home, refused
 from power import Disk, recorded
+from small_runs import going_on, small_errand
 from tiers import FULL, some, trials
-from traced import each_call, inject, needs_strace, strace
+from traced import FAILED, each_call, inject, needs_strace, strace
 
+from autotune.errands import Train
 from autotune.errors import MachineError, RunExistsError
 from cli.lock import hold
 from cli.runs import write_run
 from profiles import resolve
+from trainer import worker
 from trainer.rows import RowFile
+from trainer.ties import ERRAND_FILE
 
 CHINESE = "目录"
 NAMES = {
@@ -270,6 +281,106 @@ def test_rows_that_a_disk_refuses_wait_and_are_written_once(error: str, tmp_path
         assert [json.loads(line) for line in lines] == written[: place - 1]
         count += 1
     tell(count)
+
+
+@dataclass(frozen=True)
+class Left:
+    """How a worker left: its exit code, and the last word to its supervisor."""
+
+    code: int
+    events: list[dict[str, Any]]
+
+    @property
+    def told(self) -> str:
+        return next((f"{e['event']}: {e['message']}" for e in self.events if "message" in e), "")
+
+
+def work(errand: Train, folder: Path, condition: AbstractContextManager[object]) -> Left:
+    """Be a worker whose log is on a disk that is full, in a child."""
+    (folder / "errand.json").write_text(errand.model_dump_json(by_alias=True))
+    with (folder / "events").open("w+b") as events, Path("/dev/full").open("wb") as full:
+        child = os.fork()
+        if child == 0:
+            try:
+                os.dup2(events.fileno(), 1)
+                os.dup2(full.fileno(), 2)
+                os.environ[ERRAND_FILE] = str(folder / "errand.json")
+                sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+                with condition:
+                    worker.main()
+            finally:
+                os._exit(FAILED)
+        _, status = os.waitpid(child, 0)
+        events.seek(0)
+        return Left(os.waitstatus_to_exitcode(status), [json.loads(line) for line in events])
+
+
+def raised(error: Exception) -> AbstractContextManager[object]:
+    return patch.object(worker, "train", side_effect=error)
+
+
+@contextmanager
+def small_files() -> Iterator[None]:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    yield
+
+
+IN_THE_WAY = {
+    "nothing": (nullcontext(), 0, ""),
+    "an error of the disk": (raised(OSError(ENOSPC, "No space left on device", "x")), 4, "error: x: No space left"),
+    "no memory": (raised(torch.OutOfMemoryError("CUDA out of memory")), 9, "out_of_memory: CUDA out of memory"),
+    "a bug": (raised(LookupError("odd")), 1, ""),
+    "rows that cannot be cut": (small_files(), 4, "metrics.jsonl: File too large: its rows past step"),
+    "numbers that are none": (not_a_number(1, "loss", [], until=99), 1, "could not be written to"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_worker_whose_log_has_no_room_says_what_is_wrong(tmp_path: Path, tell: Any) -> None:
+    """Its stderr is a file of the run, which may be what is full."""
+    errand = small_errand(tmp_path, "llama", epochs=2)
+    for name, (condition, code, words) in IN_THE_WAY.items():
+        run = Path(errand.output_dir)
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir()
+        if name == "numbers that are none":
+            (run / "not-finite.json").mkdir()
+        if name == "rows that cannot be cut":
+            assert work(errand, tmp_path, nullcontext()).code == 0
+            whole = (run / "metrics.jsonl").read_bytes()
+            left = work(going_on(errand), tmp_path, condition)
+            assert (run / "metrics.jsonl").read_bytes() == whole
+        else:
+            left = work(errand, tmp_path, condition)
+        assert left.code == code, (name, left)
+        assert words in left.told, name
+    tell(len(IN_THE_WAY))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_curves_end_where_a_disk_fills_and_the_run_does_not(disk: Path, tmp_path: Path, tell: Any) -> None:
+    """Full as it begins; once that is told there is room again."""
+    pytest.importorskip("tensorboard")
+    errand = small_errand(tmp_path, "llama", epochs=2, output_dir=str(disk / "run"), tensorboard=True)
+    (disk / "run").mkdir()
+    fill = disk / "fill"
+    fill.write_bytes(bytes(shutil.disk_usage(disk).free))
+    send = worker.Events.send
+
+    def freed(self: worker.Events, event: str, **fields: Any) -> None:
+        send(self, event, **fields)
+        if fields.get("row", {}).get("event") == "curves_end":
+            fill.unlink()
+
+    left = work(errand, tmp_path, patch.object(worker.Events, "send", freed))
+    assert left.code == 0, left
+    rows = [event["row"] for event in left.events]
+    (told,) = [row["message"] for row in rows if row.get("event") == "curves_end"]
+    assert told == f"{disk / 'run'}: No space left on device"
+    written = [json.loads(line) for line in (disk / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in written if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    tell(1)
 
 
 def test_a_disk_takes_a_part_of_a_row_then_no_more_then_the_rest(disk: Path, tell: Any) -> None:
