@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -109,7 +108,7 @@ def plan_command(
         plan,
         facts,
         _profile_line(resolved, profile),
-        shlex.join(["chatlm", "train", "--auto", *typed]),
+        ["chatlm", "train", "--auto", *typed],
     )
     if explain:
         print_trials(plan)
@@ -244,7 +243,7 @@ def train_command(
             | given
             | {"output_dir": str(run.folder)}
         )
-        again = shlex.join(["chatlm", "train", *["--auto"] * auto, *typed, "--resume"])
+        again = ["chatlm", "train", *["--auto"] * auto, *typed, "--resume"]
         write = partial(write_run, run.folder, resolved, job.settings, job.plan, job.evidence)
         if run.resume is None:
             write()

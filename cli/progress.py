@@ -148,33 +148,33 @@ class RunProgress:
         elif row["kind"] == "validation":
             self.validation_loss = row["loss"]
             self.peak_bytes = max(self.peak_bytes, row["peak_memory_bytes"])
-            self._print(validation_line(row))
+            say(validation_line(row))
         elif row["kind"] == "sample":
             if row["step"] != self._sampled:  # the first of them: all are in samples.jsonl
-                self._print(sample_line(row))
+                say(sample_line(row))
             self._sampled = row["step"]
         elif row["event"] == "started":
             self._total = row["total_steps"]
             if self._bar is not None:
                 self._task = self._bar.add_task("", total=self._total)
         elif row["event"] in ("verified", "unverified"):
-            self._print(verified_line(row))
+            say(verified_line(row))
         elif row["event"] == "data_changed":
-            self._print(f"{row['file']} has changed since it was tokenized: this run trains on what it was")
+            say(f"{row['file']} has changed since it was tokenized: this run trains on what it was")
         elif row["event"] == "skipped_step":
             self.skipped += 1
         elif row["event"] == "sampled":
             self.peak_bytes = max(self.peak_bytes, row["peak_memory_bytes"])
         elif row["event"] == "early_stopping":
             best = f"less than step {row['best_step']} with {row['best_loss']:.4f}" if "best_step" in row else "finite"
-            self._print(f"step {row['step']}: early stopping, the last {row['evaluations']} losses were not {best}")
+            say(f"step {row['step']}: early stopping, the last {row['evaluations']} losses were not {best}")
         elif row["event"] == "plan_against_real":
             self.against = row
         elif row["event"] == "checkpoint":
             self.saved = row["step"]
         elif row["event"] in EVENTS:
             for line in EVENTS[row["event"]](row):
-                self._print(line)
+                say(line)
         else:
             self.ended, self.model = row["event"], row.get("model", "")
             self.best = row if "best_step" in row else {}
@@ -200,9 +200,3 @@ class RunProgress:
         elif self._own_steps == 1 or self.steps == self._total or time.monotonic() - self._told >= QUIET_SECONDS:
             self._told = time.monotonic()
             say(f"step {self.steps}/{self._total}  {text}")
-
-    def _print(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text)
-        else:
-            say(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -16,7 +16,7 @@ from autotune.hardware import count_memory_kills, read_host_memory
 from autotune.plan import Hardware, Plan
 from autotune.process import Event, Worker, WorkerCrashedError
 from cli.progress import RunProgress
-from cli.render.console import say
+from cli.render.console import err, say, show_command
 from cli.render.run import print_run
 from cli.render.units import gib
 from cli.runs import RunPlace
@@ -46,7 +46,7 @@ class Going:
 
     write: Callable[[], None]
     """Writes down what the run was given; of one that goes on, once its checkpoint is known to be of the same run."""
-    again: str
+    again: Sequence[str]
     """The command that goes on after a stop."""
     launches: bool
     """Whether the other ranks are to be launched, and were not with this command."""
@@ -80,7 +80,7 @@ def train(job: Job, run: RunPlace, lock: int, going: Going) -> None:
             raise _unexpected_end(worker, job.plan, progress, failed, count_memory_kills() - kills)
     print_run(progress, job.plan)
     if progress.ended == "stopped":
-        say(f"go on with:  {going.again}" if going.launches else f"go on, by the same launcher, with:  {going.again}")
+        show_command(err, "go on with:" if going.launches else "go on, by the same launcher, with:", going.again)
         raise typer.Exit(STOPPED)
     if signals and not progress.steps:
         raise typer.Exit(128 + signals[0])

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from autotune.levers import Varied
 from autotune.plan import Alternative, CardProcess
+from cli.progress import RunProgress
+from cli.render.console import err, say, show_command
 from cli.render.data import histogram_bars
 from cli.render.notes import slower_precision
 from cli.render.plan import others_line, print_plan
+from cli.render.run import print_run
 from cli.render.whatif import print_varied
 
 GIB = 2**30
@@ -40,14 +43,34 @@ def test_a_plan_names_the_others_on_the_card_where_there_are_any(
     others: tuple[CardProcess, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = facts.plan(workload=facts.workload(cpu_allocator="tight"), hardware=facts.hardware(others=others))
-    print_plan(plan, facts.preprocessed(), None, "chatlm train")
+    print_plan(plan, facts.preprocessed(), None, ["chatlm", "train"])
     assert ("taken by others" in capsys.readouterr().out) is bool(others)
 
 
 def test_a_plan_names_what_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
     work = facts.workload(frozen=("embedding",), trainable_parameters=20_000_000)
-    print_plan(facts.plan(workload=work), facts.preprocessed(), None, "chatlm train")
+    print_plan(facts.plan(workload=work), facts.preprocessed(), None, ["chatlm", "train"])
     assert "20.0 M of them trained (embedding frozen)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_command_is_printed_as_a_shell_takes_it_whatever_rich_makes_of_text(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["chatlm", ":fire:", "[bold]a[/]", "a\tb\r\x08\x0b\n", "it's\ta \\", "你好 世界", "\udcff"]
+    quoted = r"""chatlm :fire: '[bold]a[/]' $'a\x09b\x0d\x08\x0b\x0a' $'it\x27s\x09a \x5c' '你好 世界' $'\xff'"""
+    print_plan(facts.plan(), facts.preprocessed(), None, words)
+    assert capsys.readouterr().out.endswith(f"\nTrain it:  {quoted}\n")
+    show_command(err, "go on with:", words)
+    assert capsys.readouterr().err == f"go on with:  {quoted}\n"
+
+
+def test_a_folder_is_said_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = RunProgress()
+    progress.ended, progress.model = "finished", "[bold]:fire:/model"
+    print_run(progress, facts.plan())
+    assert "model: [bold]:fire:/model" in capsys.readouterr().out
+    say("[bold]:fire:")
+    assert capsys.readouterr().err == "[bold]:fire:\n"
 
 
 def test_plans_side_by_side_fit_80_columns_and_name_the_fastest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,7 +103,7 @@ def test_a_plan_says_what_it_rests_on_and_marks_what_was_not_measured(
     )  # fmt: skip
     evidence = made.evidence.model_copy(update={"kind": kind})
     print_plan(
-        made.model_copy(update={"alternatives": (other,), "evidence": evidence}), facts.preprocessed(), None, "train"
+        made.model_copy(update={"alternatives": (other,), "evidence": evidence}), facts.preprocessed(), None, ["train"]
     )
     out = capsys.readouterr().out
     assert "21.00 GiB ~" in out

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# A folder may be called :fire:.
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+
+def tell(text: str) -> None:
+    """Give the result in words."""
+    out.print(escape(text))
 
 
 def say(text: str) -> None:
@@ -26,6 +35,23 @@ def fail(message: str, hint: str) -> None:
     err.print(f"[bold red]error:[/] {escape(message)}")
     if hint:
         err.print(f"[bold]hint:[/] {escape(hint)}")
+
+
+def show_command(console: Console, lead: str, words: Sequence[str]) -> None:
+    """Print a command so that a shell that is given the line takes it for these words; rich would change some."""
+    console.print(f"[bold]{lead}[/]  ", end="")
+    console.file.write(" ".join(map(_quoted, words)) + "\n")
+    console.file.flush()
+
+
+def _quoted(word: str) -> str:
+    """Quote a word for a shell; what a terminal does not show as it is (a tab, a line break) by its bytes."""
+    if word.isprintable():
+        return shlex.quote(word)
+    shown = (
+        c if c.isprintable() and c not in "'\\" else "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in word
+    )
+    return f"$'{''.join(shown)}'"
 
 
 def print_json(text: str) -> None:

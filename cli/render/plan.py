@@ -13,7 +13,7 @@ from autotune.errands import DataSummary, Preprocessed
 from autotune.estimate import ERROR
 from autotune.forecast import padding_share
 from autotune.plan import Alternative, CardProcess, Layout, Memory, Plan
-from cli.render.console import out
+from cli.render.console import out, show_command
 from cli.render.data import data_line
 from cli.render.explain import trials_in_force
 from cli.render.notes import balanced_note
@@ -24,7 +24,7 @@ OTHERS_NAMED = 5
 """A desktop of Windows has dozens of small ones on its card."""
 
 
-def print_plan(plan: Plan, facts: Preprocessed, profile: str | None, command: str) -> None:
+def print_plan(plan: Plan, facts: Preprocessed, profile: str | None, command: Sequence[str]) -> None:
     """Print what would run, why it is not larger, and the command that runs it."""
     out.print(f"[bold]{batch_line(plan)}[/]\n")
     table = Table.grid(padding=(0, 3))
@@ -38,7 +38,7 @@ def print_plan(plan: Plan, facts: Preprocessed, profile: str | None, command: st
     if plan.alternatives:
         out.print(_alternatives_table(plan.alternatives))
     out.print(KINDS[plan.evidence.kind])
-    out.print(f"[bold]Train it:[/]  {escape(command)}")
+    show_command(out, "Train it:", command)
 
 
 KINDS = {

@@ -7,7 +7,7 @@ from typing import Any
 from autotune.bottleneck import bottleneck
 from autotune.plan import Plan
 from cli.progress import RunProgress
-from cli.render.console import out, warn
+from cli.render.console import tell, warn
 from cli.render.units import count, duration, gib, number
 
 
@@ -17,24 +17,24 @@ def print_run(progress: RunProgress, plan: Plan) -> None:
         warn(f"{count(progress.skipped, 'step')} had a gradient that is not finite, and changed no weight")
     if not progress.steps:
         nothing = "nothing was left to train" if progress.ended == "finished" else "no step was finished"
-        out.print(f"{nothing}; model: {progress.model}" if progress.model else f"{nothing}; nothing was trained")
+        tell(f"{nothing}; model: {progress.model}" if progress.model else f"{nothing}; nothing was trained")
         return
     validation = f", validation {progress.validation_loss:.4f}" if progress.validation_loss is not None else ""
     losses = f"{number(progress.first_loss, '.4f')} -> {number(progress.last_loss, '.4f')}"
-    out.print(
+    tell(
         f"{progress.ended} after {progress.steps} steps in {duration(progress.seconds)}: loss {losses}{validation}; "
         f"{progress.tokens / max(progress.seconds, 1e-9):,.0f} tokens/s; "
         f"peak {gib(progress.peak_bytes)}"
     )
-    out.print(_against(progress.against))
+    tell(_against(progress.against))
     for line in (_utilization(progress, plan), _waiting(progress, plan)):
         if line:
-            out.print(line)
-    out.print(f"model: {progress.model}")
+            tell(line)
+    tell(f"model: {progress.model}")
     if progress.best:
         best, loss = progress.best, number(progress.best["best_loss"], ".4f")
         where = "the last one" if best["best_model"] == progress.model else best["best_model"] or best["best_lost"]
-        out.print(f"best: {where} (step {best['best_step']}, validation loss {loss})")
+        tell(f"best: {where} (step {best['best_step']}, validation loss {loss})")
 
 
 def _utilization(progress: RunProgress, plan: Plan) -> str:

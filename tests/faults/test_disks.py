@@ -41,6 +41,7 @@ from trainer.ties import ERRAND_FILE
 
 CHINESE = "目录"
 NAMES = {
+    "what a screen would show as something else": ":fire: [bold]a\tb\rc\x08\x0b",
     "blanks and quotes": 'it\'s a "run" of  mine',
     "what a shell would run": "$(touch ran) `touch ran`; touch ran & #",
     "a line break": "one\ntwo",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import random
-import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import facts
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -35,6 +36,8 @@ from witness import Witnessed, watched
 from autotune.errands import Preprocess
 from autotune.errors import ConfigurationError, DataError, UserError
 from cli.options import as_arguments
+from cli.render.console import err, show_command
+from cli.render.plan import print_plan
 from trainer.model import build_for, summarise
 from trainer.preprocess import preprocess
 from trainer.records import LONGEST_LINE, find_files, parse, read_blocks
@@ -327,15 +330,23 @@ def test_links_and_paths_that_leave_a_folder_reach_nothing(home: Path, tmp_path:
     tell(2)
 
 
-def test_commands_that_are_printed_run_as_they_were_meant(tmp_path: Path, tell: Any) -> None:
-    """Given to a shell they are the same words, whatever files are called; nothing else is run."""
-    names = [*file_names(trials(60, 200))]
+def test_commands_that_are_printed_run_as_they_were_meant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tell: Any
+) -> None:
+    """What is on the screen, given to a shell, is the same words, whatever files are called; nothing else is run."""
+    shown = (":fire:", "a:fire:b", "[bold]a[/]", "[/]", "a\x08b", "a\x0b\x0cb", "a\tb'\\", "a\udcffb", "\u3000")
+    names = [*shown, *file_names(trials(60, 200) - len(shown))]
     for name in names:
         given = {"data": [name, "b.jsonl"], "output_dir": name, "tokenizer": name}
         words = ["chatlm", "train", "--auto", *as_arguments(given)]
-        program = f"words() {{ printf '%s\\0' \"$@\"; }}; words {shlex.join(words)}"
-        done = subprocess.run(["bash", "-c", program], cwd=tmp_path, capture_output=True)
-        assert done.stdout.decode().split("\0")[:-1] == words, name
+        print_plan(facts.plan(), facts.preprocessed(), None, words)
+        show_command(err, "go on with:", words)
+        printed = capsys.readouterr()
+        for line in (printed.out.partition("Train it:")[2], printed.err.partition("go on with:")[2]):
+            assert line.count("\n") == 1
+            program = f"words() {{ printf '%s\\0' \"$@\"; }}; words {line}"
+            done = subprocess.run(["bash", "-c", program], cwd=tmp_path, capture_output=True)
+            assert os.fsdecode(done.stdout).split("\0")[:-1] == words, name
     assert list(tmp_path.iterdir()) == []
     tell(len(names))
 
