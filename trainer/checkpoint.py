@@ -72,10 +72,9 @@ def save(checkpoints: Path, state: TrainState, progress: Progress, origin: Origi
     target = checkpoints / name_of(progress.step)
     partial = checkpoints / f".{target.name}.partial"
     try:
-        if not checkpoints.exists():
-            checkpoints.mkdir(parents=True)
-            for folder in (checkpoints.parent, checkpoints.parent.parent):
-                _sync(folder)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        if not all_in(checkpoints):  # whoever made the folders above may have been killed before they were synced
+            _sync_above(checkpoints)
         _discard(partial)
         _check_room(checkpoints, state)
         partial.mkdir()
@@ -264,6 +263,19 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_above(folder: Path) -> None:
+    """Make the names by which a folder is reached, on its disk, outlast a loss of power.
+
+    What we may not read we have not made.
+    """
+    disk = folder.stat().st_dev
+    for above in folder.resolve().parents:
+        if above.stat().st_dev != disk:
+            return
+        with suppress(PermissionError):
+            _sync(above)
 
 
 def _names(model: Any) -> dict[str, Tensor]:

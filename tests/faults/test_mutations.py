@@ -14,8 +14,8 @@ from tiers import FULL
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("autotune", "trainer", "profiles", "cli", "tests", "pyproject.toml")
-KILLED = "tests/faults/test_saves.py::test_killed_at_every_system_call_of_a_save[False]"
-POWER = "tests/faults/test_saves.py::test_power_that_is_lost_at_any_moment_of_a_save[False]"
+KILLED = "tests/faults/test_saves.py::test_killed_at_every_system_call_of_a_save[the one before]"
+POWER = "tests/faults/test_saves.py::test_power_that_is_lost_at_any_moment_of_a_save[the one before]"
 STOPPED = "tests/faults/test_runs.py::test_stop_and_resume_at_every_step[t5-2]"
 WORKER = "tests/faults/test_workers.py::test_a_worker_that_misbehaves_is_taken_for_what_it_is"
 
@@ -80,11 +80,18 @@ MUTATIONS = {
     ),
     "files are not synced": Mutation(CHECKPOINT, "    for name in names:\n        _sync(folder / name)\n", "", POWER),
     "the new name is not synced": Mutation(CHECKPOINT, "            _sync(checkpoints)\n", "", POWER),
+    "what is above the first is synced by who made it alone": Mutation(
+        CHECKPOINT,
+        "        checkpoints.mkdir(parents=True, exist_ok=True)\n        if not all_in(checkpoints):",
+        "        made = not checkpoints.exists()\n"
+        "        checkpoints.mkdir(parents=True, exist_ok=True)\n        if made:",
+        FAULTS + "test_saves.py::test_power_that_is_lost_at_any_moment_of_a_first_save",
+    ),
     "a save that fails is taken for one": Mutation(
         CHECKPOINT,
         "        _remove(partial)\n        of_memory",
         "        return target\n        of_memory",
-        FAULTS + "test_saves.py::test_a_disk_that_refuses_any_call_of_a_save[ENOSPC]",
+        FAULTS + "test_saves.py::test_a_disk_that_refuses_any_call_of_a_save[ENOSPC-the one before]",
     ),
     "rows past the checkpoint stay": Mutation(
         ROWS, "if step and _step_of(line) <= step", "if step", "tests/test_rows.py"

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import facts
 import pytest
-from power import Disk, recorded
+from power import Disk, Operation, recorded
 from small_runs import Rows, going_on, losses, run, small_errand, weights
 from tiers import FULL, some, trials
 from traced import Work, each_call, inject, needs_strace, strace
@@ -29,8 +29,9 @@ pytestmark = needs_strace
 STEP, BEFORE = 8, 6
 """The save that is broken, and the one before it."""
 SAVED = "saved"
-
-
+THERE = {"the one before": BEFORE, "a damaged one of its step too": BEFORE, "nothing": 0}
+"""What may lie in the folder, and the step that is gone on from where nothing of the save is there."""
+ERRORS = ("ENOSPC", "EROFS", "EIO", "EDQUOT")
 WRITING = ("openat", "write", "ftruncate", "fsync", "rename,renameat", "mkdir", "unlinkat,rmdir")
 """Calls by which a save changes the disk, as strace names them."""
 CHANGING = ",".join(WRITING).replace("openat,", "").split(",")
@@ -48,12 +49,14 @@ class Saving:
     folder: Path
     commit: Callable[[Path], Path]
 
-    def copy(self, name: str, *, over_damaged: bool = False) -> Path:
-        """Copy the run as it lies; perhaps there is a checkpoint of this step already, one that is damaged."""
+    def copy(self, name: str, there: str = "the one before") -> Path:
+        """Copy the run as it lies; where nothing is there, not even its folder is."""
         folder = self.folder.with_name(name)
         shutil.rmtree(folder, ignore_errors=True)
+        if there == "nothing":
+            return folder
         shutil.copytree(self.folder, folder)
-        if over_damaged:
+        if there == "a damaged one of its step too":
             last = folder / manifest.FOLDER
             shutil.copytree(last / name_of(BEFORE), last / name_of(STEP))
         return folder
@@ -70,11 +73,11 @@ class Saving:
 
         return work
 
-    def check_goes_on(self, folder: Path) -> None:
+    def check_goes_on(self, folder: Path, there: str = "the one before") -> None:
         """Resume: every further loss and the weights are those of the run that was left alone."""
         rows = run(going_on(self.errand.model_copy(update={"output_dir": str(folder)})))
         done = rows[0]["step"]
-        assert done in (BEFORE, STEP)
+        assert done in (THERE[there], STEP)
         assert losses(rows) == [row for row in losses(self.rows) if row[0] > done]
         assert weights(folder) == self.weights
 
@@ -104,31 +107,38 @@ def in_a_save(tmp_path: Path) -> Callable[[Callable[[Saving], None]], None]:
     return begin
 
 
-@pytest.mark.parametrize("over_damaged", [False, True])
-def test_killed_at_every_system_call_of_a_save(over_damaged: bool, in_a_save: Any, tmp_path: Path, tell: Any) -> None:
+@pytest.mark.parametrize("there", THERE)
+def test_killed_at_every_system_call_of_a_save(there: str, in_a_save: Any, tmp_path: Path, tell: Any) -> None:
     """Every second one is killed again as it clears up what was left. The short tier has what changes the disk."""
     random.seed(4)
 
     def strike(saving: Saving) -> None:
-        calls = strace(saving.into(saving.copy("seen", over_damaged=over_damaged)), [], tmp_path).calls
+        calls = strace(saving.into(saving.copy("seen", there)), [], tmp_path).calls
         places = [(call, place) for call, place in each_call(calls) if FULL or call in CHANGING]
+        places = some(places, 5) if there == "nothing" else places
         for number, (call, place) in enumerate(places):
-            folder = saving.copy("killed", over_damaged=over_damaged)
+            folder = saving.copy("killed", there)
             killed = strace(saving.into(folder), inject(call, "signal=KILL", place), tmp_path)
             assert killed.code == -signal.SIGKILL, (call, place)
             if number % 2:
                 clear_up = partial(checkpoint.recover, folder / manifest.FOLDER)
                 strace(clear_up, inject("all", "signal=KILL", random.randint(1, 9)), tmp_path)
-            saving.check_goes_on(folder)
+            saving.check_goes_on(folder, there)
         tell(len(places))
 
     in_a_save(strike)
 
 
-@pytest.mark.parametrize("error", some(["ENOSPC", "EROFS", "EIO", "EDQUOT"], 2))
-def test_a_disk_that_refuses_any_call_of_a_save(error: str, in_a_save: Any, tmp_path: Path, tell: Any) -> None:
+@pytest.mark.parametrize(
+    ("error", "there"), [(e, "the one before") for e in some(ERRORS, 2)] + [(e, "nothing") for e in some(ERRORS, 1)]
+)
+def test_a_disk_that_refuses_any_call_of_a_save(
+    error: str, there: str, in_a_save: Any, tmp_path: Path, tell: Any
+) -> None:
     """Once, or from then on: what was there is whole, the sentence says why, and the next save succeeds."""
     calls = WRITING + (READING if error == "EIO" else ())
+    if there == "nothing" and not FULL:
+        calls = ("mkdir", "fsync")  # which alone are others in a first save
 
     def strike(saving: Saving) -> None:
         struck = 0
@@ -138,25 +148,24 @@ def test_a_disk_that_refuses_any_call_of_a_save(error: str, in_a_save: Any, tmp_
                     break
                 refuse(saving, call, place, onwards=True)
                 struck += 2
-        assert struck > 20
+        assert struck > 3 * len(calls)
         tell(struck)
 
     def refuse(saving: Saving, call: str, place: int, *, onwards: bool) -> bool:
         """Return whether the save has such a call at all."""
-        folder = saving.copy("refused")
+        folder = saving.copy("refused", there)
         ended = strace(saving.into(folder), inject(call, f"error={error}", place, onwards=onwards), tmp_path)
         assert ended.struck or ended.said == SAVED
         found = find(folder)
-        assert found is not None
         # One whose name could not be synced is said to have failed, and is there.
-        allowed = (STEP,) if ended.said == SAVED else (BEFORE, STEP)
-        assert found.folder.name in map(name_of, allowed), (call, place)
+        allowed = {STEP} if ended.said == SAVED else {THERE[there], STEP}
+        assert (found.manifest.step if found else 0) in allowed, (call, place)
         if ended.said != SAVED:
             check_sentence(ended.said, folder)
             assert saving.into(folder)() == SAVED
             assert manifest.verify(folder / manifest.FOLDER / name_of(STEP))
         if ended.struck:
-            saving.check_goes_on(folder)
+            saving.check_goes_on(folder, there)
         return ended.struck
 
     in_a_save(strike)
@@ -187,38 +196,58 @@ def test_a_disk_that_takes_a_part_of_what_is_written(in_a_save: Any, tmp_path: P
     in_a_save(strike)
 
 
-@pytest.mark.parametrize("over_damaged", [False, True])
-def test_power_that_is_lost_at_any_moment_of_a_save(
-    over_damaged: bool, in_a_save: Any, tmp_path: Path, tell: Any
-) -> None:
-    """After every operation: with all that was not synced, with none of it, and with any part of it."""
-    random.seed(5)
-
+@pytest.mark.parametrize("there", [name for name in THERE if name != "nothing"])
+def test_power_that_is_lost_at_any_moment_of_a_save(there: str, in_a_save: Any, tmp_path: Path, tell: Any) -> None:
     def strike(saving: Saving) -> None:
-        folder = saving.copy("seen", over_damaged=over_damaged)
-        before = Disk(folder / manifest.FOLDER)
-        operations = recorded(saving.into(folder), folder / manifest.FOLDER, tmp_path)
-        whole = {name: contents(folder / manifest.FOLDER / name) for name in map(name_of, (BEFORE, STEP))}
-        states = {
-            state
-            for length in range(len(operations) + 1)
-            for state in before.states(operations[:length], trials(10, 200))
-        }
-        after = set(before.states(operations, trials(10, 200)))
-        for state in states | after:
-            lost = tmp_path / "lost"
-            shutil.rmtree(lost, ignore_errors=True)
-            state.lay_out(lost / manifest.FOLDER)
-            checkpoint.recover(lost / manifest.FOLDER)
-            found = find(lost)
-            assert found is not None
-            assert contents(found.folder) == whole[found.folder.name], "a mix"
-            if state in after:
-                assert found.folder.name == name_of(STEP), "it was said to be saved"
-        assert len(states) > trials(50, 800)
-        tell(len(states | after))
+        folder = saving.copy("seen", there)
+        before = Disk(folder)
+        operations = recorded(saving.into(folder), folder, tmp_path)
+        tell(check_states(before, operations, folder, "", tmp_path))
 
     in_a_save(strike)
+
+
+@pytest.mark.parametrize("made", ["", "runs/first", "runs/first/checkpoints"])
+def test_power_that_is_lost_at_any_moment_of_a_first_save(made: str, in_a_save: Any, tmp_path: Path, tell: Any) -> None:
+    """On a disk that has not one of its folders, or some, which whoever made them was killed before he synced."""
+
+    def strike(saving: Saving) -> None:
+        above = tmp_path / "above"
+        above.mkdir()
+        before = Disk(above)
+
+        def work() -> object:
+            (above / made).mkdir(parents=True, exist_ok=True)
+            return saving.into(above / "runs/first")()
+
+        tell(check_states(before, recorded(work, above, tmp_path), above / "runs/first", "runs/first", tmp_path))
+
+    in_a_save(strike)
+
+
+def check_states(before: Disk, operations: list[Operation], saved: Path, run: str, folder: Path) -> int:
+    """Look at what may be there after every operation: all that was not synced, none of it, and any part of it.
+
+    `run` is where on the disk the run lies. Returns how many states there were.
+    """
+    random.seed(5)
+    drawn = trials(10, 200)
+    known = (BEFORE, STEP) if (saved / manifest.FOLDER / name_of(BEFORE)).exists() else (STEP,)
+    whole = {name: contents(saved / manifest.FOLDER / name) for name in map(name_of, known)}
+    states = {state for length in range(len(operations) + 1) for state in before.states(operations[:length], drawn)}
+    after = set(before.states(operations, drawn))
+    for state in states | after:
+        lost = folder / "lost"
+        shutil.rmtree(lost, ignore_errors=True)
+        state.lay_out(lost)
+        checkpoint.recover(lost / run / manifest.FOLDER)
+        found = find(lost / run)
+        assert found is not None or (len(known) == 1 and state not in after)
+        if found is not None:
+            assert contents(found.folder) == whole[found.folder.name], "a mix"
+            assert state not in after or found.folder.name == name_of(STEP), "it was said to be saved"
+    assert len(states) > trials(50, 800)
+    return len(states | after)
 
 
 def check_sentence(said: str, folder: Path) -> None:
