@@ -17,6 +17,7 @@ from autotune.plan import CpuAllocator, Hardware, Outcome, Trial, Workload
 from autotune.process import Worker, WorkerCrashedError, ask
 
 TIME_LIMIT_SECONDS = 600.0
+"""Of the dry steps of one size, and of all that is traced at once."""
 SILENT_SECONDS = 60.0
 """Without any processor time used, after which a worker hangs: it was stopped, or waits for what does not come."""
 GIVEN_BACK_SECONDS = 10.0
@@ -45,7 +46,7 @@ def trace_sizes(
 ) -> list[TraceReport]:
     """Trace the step of each workload at each size.
 
-    The list ends before a workload that cannot be traced, which dry steps must then tell.
+    The list ends before a workload that cannot be traced in time, which dry steps must then tell.
     """
     reports = []
     try:
@@ -55,9 +56,9 @@ def trace_sizes(
             workloads=tuple(workloads),
             micro_batch_sizes=micro_batch_sizes,
         )
-        events = (event for event in ask(errand, hardware.cores, SILENT_SECONDS) if event["event"] == "result")
-        for event in events:
-            reports.append(TraceReport.model_validate(event.get("result")))  # noqa: PERF401 # those before a crash count
+        for event in ask(errand, hardware.cores, SILENT_SECONDS, TIME_LIMIT_SECONDS):
+            if event["event"] == "result":
+                reports.append(TraceReport.model_validate(event.get("result")))  # noqa: PERF401 # those before a crash count
     except (WorkerCrashedError, ValidationError):
         pass
     return reports

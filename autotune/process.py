@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import queue
 import signal
@@ -289,12 +290,12 @@ class Pulse:
         self._moved = self._looked = time.monotonic()
 
     def stands_still(self, read: Callable[[], float], patience: float) -> bool:
-        """Say whether what is read has not grown for so many seconds."""
+        """Say whether what is read has not changed for so many seconds: it falls where one of several ends."""
         now = time.monotonic()
         if now - self._looked < min(1.0, patience / 2):
             return False
         self._looked = now
-        if (value := read()) > self._value:
+        if (value := read()) != self._value:
             self._value, self._moved = value, now
         return now - self._moved > patience
 
@@ -303,8 +304,13 @@ class WorkerCrashedError(Exception):
     """A worker ended in a way that no user's mistake explains: a bug, with its last words."""
 
 
-def ask(errand: Errand, cores: int, patience: float | None = None) -> Iterator[Event]:
-    """Run an errand that ends in a `result` event; yields its events, and raises if it ends or hangs without one."""
+def ask(
+    errand: Errand, cores: int, patience: float | None = None, time_limit_seconds: float = math.inf
+) -> Iterator[Event]:
+    """Run an errand that ends in a `result` event; yields its events.
+
+    Raises WorkerCrashedError if it ends or hangs without one, or takes longer than it may.
+    """
     with Worker(cores) as worker:
         worker.give(errand)
         answered = False
@@ -312,6 +318,8 @@ def ask(errand: Errand, cores: int, patience: float | None = None) -> Iterator[E
             if event is not None:
                 answered |= event["event"] == "result"
                 yield event
+            elif worker.seconds > time_limit_seconds:
+                raise WorkerCrashedError(f"the worker was not done after {time_limit_seconds:g} s")
         if not answered:
             raise WorkerCrashedError(f"the worker ended with exit code {worker.exit_code}:\n{worker.last_words()}")
 

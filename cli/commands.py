@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from autotune import cache
 from autotune.account import check_room, memory_taken, set_budget
 from autotune.cards import find_rates
@@ -18,7 +20,7 @@ from autotune.evidence import alike
 from autotune.hardware import imagine_hardware, read_hardware
 from autotune.inputs import PlanInputs
 from autotune.levers import Varied, measured_rates, vary
-from autotune.measure import Workers, trace_sizes
+from autotune.measure import SILENT_SECONDS, Workers, trace_sizes
 from autotune.plan import Hardware, Plan, Rates, Workload
 from autotune.planner import Planner
 from autotune.process import WorkerCrashedError, ask
@@ -380,13 +382,18 @@ def _preprocess(settings: Settings, cores: int, *, demo: bool) -> Preprocessed:
 
 
 def _look_at_data(settings: Settings, cores: int, *, demo: bool, show: int = 0) -> Preprocessed:
-    answer: dict[str, Any] = {}
-    for event in ask(preprocess_errand(settings, demo=demo, show=show), cores):
+    answer: Any = None
+    # No limit: gigabytes take hours, and are told of. One that waits for another that tokenizes the same looks, and
+    # so uses the processor.
+    for event in ask(preprocess_errand(settings, demo=demo, show=show), cores, SILENT_SECONDS):
         if event["event"] == "progress":
             say(f"{event['doing']}: {count(event['rows'], 'row')}")
         elif event["event"] == "result":
-            answer = event["result"]
-    facts = Preprocessed.model_validate(answer)
+            answer = event.get("result")
+    try:
+        facts = Preprocessed.model_validate(answer)
+    except ValidationError as error:
+        raise WorkerCrashedError(f"the worker's answer is none: {error}") from None
     for note in data_notes(facts):
         warn(note)
     return facts

@@ -16,7 +16,7 @@ from tiny_models import workload
 
 from autotune.errands import Dry, Preprocess, Preprocessed
 from autotune.errors import ConfigurationError, DataError
-from autotune.process import ALLOCATORS, Worker, ask, held_bytes
+from autotune.process import ALLOCATORS, Pulse, Worker, ask, held_bytes
 
 
 def errand(tmp_path: Path, model: str = "tiny", data: tuple[str, ...] | None = None) -> Preprocess:
@@ -103,6 +103,15 @@ def test_a_worker_dies_with_its_supervisor(busy: bool) -> None:
     supervisor.wait()
     supervisor.stdout.close()
     _wait_until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_a_process_of_several_that_ends_is_no_standstill() -> None:
+    pulse = Pulse()
+    for spent in (5.0, 1.0, 1.1, 1.2, 1.3):
+        time.sleep(0.25)
+        assert not pulse.stands_still(lambda spent=spent: spent, 0.4)
+    time.sleep(0.5)
+    assert pulse.stands_still(lambda: 1.3, 0.4)
 
 
 def _oom_score(process_id: int) -> int:

@@ -246,7 +246,7 @@ def check_states(before: Disk, operations: list[Operation], saved: Path, run: st
         if found is not None:
             assert contents(found.folder) == whole[found.folder.name], "a mix"
             assert state not in after or found.folder.name == name_of(STEP), "it was said to be saved"
-    assert len(states) > trials(50, 800)
+    assert len(states) > trials(50, 300)
     return len(states | after)
 
 

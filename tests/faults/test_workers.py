@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,19 @@ from autotune import measure, process
 from autotune.errors import MachineError
 from autotune.measure import trace_sizes, try_size
 from autotune.process import WorkerCrashedError, ask
+from cli import commands
+from cli.commands import _look_at_data
+from profiles import resolve
 
 HERE = Path(__file__).parent
 LIMIT, PATIENCE = 6.0, 1.0
 """Seconds that a dry step may take here, and without any sign of life."""
+ENDLESS = ("computes without end", "speaks without end")
+"""What is taken for work where data is looked at, which may take hours, and be told of."""
 SAYS: dict[str, type | str] = {
     **dict.fromkeys(WAYS, WorkerCrashedError),
     **dict.fromkeys(("dies at once", "dies with its errand"), "killed"),
-    **dict.fromkeys(("computes without end", "speaks without end"), "timed_out"),
+    **dict.fromkeys(ENDLESS, "timed_out"),
     **dict.fromkeys(("shouts on stderr", "shouts lines on stdout"), "completed"),
     "memory without a word": "out_of_memory",
     "an error without a word": MachineError,
@@ -54,44 +59,54 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_worker_that_misbehaves_is_taken_for_what_it_is(
     way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tell: Any
 ) -> None:
-    """As a dry step, a trace and any other errand; no process, descriptor or file is left of it."""
+    """As a dry step, a trace, and where it looks at data; no process, descriptor or file is left of it."""
     monkeypatch.setattr(process, "COMMAND", (sys.executable, str(HERE / "misbehaving.py"), way))
     monkeypatch.setattr(measure, "SILENT_SECONDS", PATIENCE)
+    monkeypatch.setattr(commands, "SILENT_SECONDS", PATIENCE)
+    monkeypatch.setattr(measure, "TIME_LIMIT_SECONDS", limit_of(way) / 3)
     monkeypatch.setenv("MUCH", str(trials(50, 10 * 1024) * MIB if "shouts" in way else 0))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     gc.collect()
     before, held = descriptors(), psutil.Process().memory_info().rss
+    errands = [dry_step, trace] if way in ENDLESS else [dry_step, trace, data]
     rounds = trials(1, 3)
-    for _ in range(rounds):
+    for one in errands * rounds:
         began = time.monotonic()
-        found = outcome(way)
-        expected = SAYS[way]
-        assert found == expected if isinstance(expected, str) else isinstance(found, expected), found
-        assert time.monotonic() - began < LIMIT + 15
-        if not isinstance(expected, type) and expected == "timed_out":
-            continue  # a trace has no limit but its patience
-        if expected is not MachineError:
-            assert trace_sizes([errand(2).workload], PROCESSOR, (1,)) == []
-        with pytest.raises((WorkerCrashedError, MachineError)) if needs_answer(way) else suppress(WorkerCrashedError):
-            list(ask(errand(2), 1, PATIENCE))
+        one(way)
+        assert time.monotonic() - began < limit_of(way) + 15
     assert alive_with(way) == []
     assert list(tmp_path.iterdir()) == []
     gc.collect()
     free = way == "leaves a child that is free, and hangs"
     assert descriptors() <= before + (0 if not free else 2 * 3 * rounds)
     assert psutil.Process().memory_info().rss - held < 200 * MIB
-    tell(3 * rounds)
+    tell(len(errands) * rounds)
 
 
-def needs_answer(way: str) -> bool:
-    """Whether nothing is said there that any errand may take for an answer."""
-    return "result" not in way and not any(word in way for word in ("peak", "seconds", "phase", "word too", "shouts"))
+def dry_step(way: str) -> None:
+    found, expected = outcome(way), SAYS[way]
+    assert found == expected if isinstance(expected, str) else isinstance(found, expected), found
+
+
+def trace(way: str) -> None:
+    """None can be had; but a user's mistake is told."""
+    with pytest.raises(MachineError) if SAYS[way] is MachineError else nullcontext():
+        assert trace_sizes([errand(2).workload], PROCESSOR, (1,)) == []
+
+
+def data(way: str) -> None:
+    """No answer is one, not even a dry step's."""
+    with pytest.raises((WorkerCrashedError, MachineError)):
+        _look_at_data(resolve({}, None, None).settings, 1, demo=False)
+
+
+def limit_of(way: str) -> float:
+    return 120.0 if "shouts" in way else LIMIT
 
 
 def outcome(way: str) -> Any:
-    limit = 120.0 if "shouts" in way else LIMIT
     try:
-        return try_size(errand(2), PROCESSOR, time_limit_seconds=limit).outcome
+        return try_size(errand(2), PROCESSOR, time_limit_seconds=limit_of(way)).outcome
     except (WorkerCrashedError, MachineError) as error:
         return error
 
