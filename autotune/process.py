@@ -145,13 +145,8 @@ class Worker:
                 self._lines.get(timeout=POLL_SECONDS)
         for reader in self._readers:  # a process that it set free may hold a pipe
             reader.join(max(0.0, end - time.monotonic()))
-        if any(reader.is_alive() for reader in self._readers):
-            return
         with contextlib.suppress(BrokenPipeError):
             self._pipe(self._process.stdin).close()
-        self._pipe(self._process.stdout).close()
-        if self._process.stderr is not None:
-            self._process.stderr.close()
 
     @staticmethod
     def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
@@ -159,15 +154,15 @@ class Worker:
         return pipe
 
     def _read(self) -> None:
-        pipe = self._pipe(self._process.stdout)
-        while line := pipe.readline(MOST_LINE_BYTES):
-            self._lines.put(line)
-        self._lines.put(None)
+        with self._pipe(self._process.stdout) as pipe:
+            while line := pipe.readline(MOST_LINE_BYTES):
+                self._lines.put(line)
+            self._lines.put(None)
 
     def _keep_tail(self) -> None:
-        pipe = self._pipe(self._process.stderr)
-        while words := os.read(pipe.fileno(), 16 * TAIL_BYTES):
-            self._tail = (self._tail + words)[-TAIL_BYTES:]
+        with self._pipe(self._process.stderr) as pipe:
+            while words := os.read(pipe.fileno(), 16 * TAIL_BYTES):
+                self._tail = (self._tail + words)[-TAIL_BYTES:]
 
     def poll(self, patience: float | None = None) -> Iterator[Event | None]:
         """Yield each event as it comes, and None at every moment between; raises the user's own mistakes.
@@ -175,7 +170,7 @@ class Worker:
         Ends the worker, and raises WorkerCrashedError, where it uses no processor time for so many seconds: it was
         stopped, or waits for what does not come.
         """
-        told, pulse = time.monotonic(), Pulse()
+        told, pulse, ended = time.monotonic(), Pulse(), math.inf
         while True:
             if time.monotonic() - told > POLL_SECONDS:
                 yield None
@@ -188,6 +183,9 @@ class Worker:
             except queue.Empty:
                 if self._process.poll() is not None:  # all that it wrote is read, and what it started holds the pipe
                     self._end_group()
+                    ended = min(ended, time.monotonic())
+                    if time.monotonic() - ended > GONE_SECONDS:  # what it set free does so for as long as it lives
+                        return
                 continue
             if line is None:
                 try:

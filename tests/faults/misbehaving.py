@@ -76,6 +76,7 @@ WAYS = {
     "a rank that failed, without a number": lambda: say(event="rank_failed"),
     "leaves a child that holds its pipes": lambda: leave_a_child(free=False),
     "leaves a child that is free, and hangs": lambda: (leave_a_child(free=True), time.sleep(3600)),
+    "leaves a child that is free": lambda: leave_a_child(free=True),
     "closes its pipes, and hangs": lambda: (os.close(1), os.close(2), time.sleep(3600)),
 }
 MUCH = int(os.environ.get("MUCH", 10 * MIB))
