@@ -18,7 +18,7 @@ import pytest
 from power import Disk, Operation, recorded
 from small_runs import Rows, going_on, losses, run, small_errand, weights
 from tiers import FULL, some, trials
-from traced import Work, each_call, inject, needs_strace, strace
+from traced import Ended, Work, each_call, inject, needs_strace, strace
 
 from autotune.errands import Train
 from autotune.errors import MachineError
@@ -109,24 +109,45 @@ def in_a_save(tmp_path: Path) -> Callable[[Callable[[Saving], None]], None]:
 
 @pytest.mark.parametrize("there", THERE)
 def test_killed_at_every_system_call_of_a_save(there: str, in_a_save: Any, tmp_path: Path, tell: Any) -> None:
-    """Every second one is killed again as it clears up what was left. The short tier has what changes the disk."""
-    random.seed(4)
+    """And again as it clears up what was left. The short tier has what changes the disk."""
 
     def strike(saving: Saving) -> None:
         calls = strace(saving.into(saving.copy("seen", there)), [], tmp_path).calls
         places = [(call, place) for call, place in each_call(calls) if FULL or call in CHANGING]
         places = some(places, 5) if there == "nothing" else places
-        for number, (call, place) in enumerate(places):
+        left: set[frozenset[object]] = set()
+        again = 0
+        for call, place in places:
             folder = saving.copy("killed", there)
             killed = strace(saving.into(folder), inject(call, "signal=KILL", place), tmp_path)
             assert killed.code == -signal.SIGKILL, (call, place)
-            if number % 2:
-                clear_up = partial(checkpoint.recover, folder / manifest.FOLDER)
-                strace(clear_up, inject("all", "signal=KILL", random.randint(1, 9)), tmp_path)
+            what = frozenset((str(path), path.stat().st_size) for path in folder.rglob("*"))
+            if what and what not in left:
+                left.add(what)
+                again += kill_as_it_clears_up(saving, folder, there, len(left))
             saving.check_goes_on(folder, there)
-        tell(len(places))
+        assert again
+        tell(len(places) + again)
 
     in_a_save(strike)
+
+
+def kill_as_it_clears_up(saving: Saving, left: Path, there: str, turn: int) -> int:
+    """Strike before each of its changes of the disk, in the short tier of every second before one; return how many."""
+    folder = left.with_name("again")
+
+    def clear_up(options: list[str]) -> Ended:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(left, folder)
+        return strace(partial(checkpoint.recover, folder / manifest.FOLDER), options, left.parent)
+
+    changes = each_call(clear_up(["-e", "trace=unlinkat,rmdir,rename"]).calls)
+    if not FULL and changes:
+        changes = [changes[turn // 2 % len(changes)]] if turn % 2 else []
+    for call, place in changes:
+        assert clear_up(inject(call, "signal=KILL", place)).code == -signal.SIGKILL, (call, place)
+        saving.check_goes_on(folder, there)
+    return len(changes)
 
 
 @pytest.mark.parametrize(
