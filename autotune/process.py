@@ -105,6 +105,7 @@ class Worker:
             "PYTHONUNBUFFERED": "1",
             "CHATLM_PARENT": str(os.getpid()),  # trainer.ties
         }
+        self._heard = 0
         self._lines: queue.Queue[bytes | None] = queue.Queue(MOST_LINES)
         # A session (on Windows a group) of its own: Ctrl-C in the terminal reaches us alone, and we tell the worker.
         self._process = subprocess.Popen(
@@ -156,7 +157,9 @@ class Worker:
     def _read(self) -> None:
         with self._pipe(self._process.stdout) as pipe:
             while line := pipe.readline(MOST_LINE_BYTES):
-                self._lines.put(line)
+                self._heard += 1
+                if line.endswith(b"\n"):  # a piece of one that is too long is let go: many of them would fill memory
+                    self._lines.put(line)
             self._lines.put(None)
 
     def _keep_tail(self) -> None:
@@ -167,15 +170,15 @@ class Worker:
     def poll(self, patience: float | None = None) -> Iterator[Event | None]:
         """Yield each event as it comes, and None at every moment between; raises the user's own mistakes.
 
-        Ends the worker, and raises WorkerCrashedError, where it uses no processor time for so many seconds: it was
-        stopped, or waits for what does not come.
+        Ends the worker, and raises WorkerCrashedError, where it uses no processor time and says nothing for so many
+        seconds: it was stopped, or waits for what does not come.
         """
         told, pulse, ended = time.monotonic(), Pulse(), math.inf
         while True:
             if time.monotonic() - told > POLL_SECONDS:
                 yield None
                 told = time.monotonic()
-                if patience is not None and pulse.stands_still(self.cpu_seconds, patience):
+                if patience is not None and pulse.stands_still(self._signs_of_life, patience):
                     self.kill()
                     raise WorkerCrashedError(f"the worker hangs: it used no processor time for {patience:g} s")
             try:
@@ -216,6 +219,9 @@ class Worker:
                 with contextlib.suppress(psutil.Error):
                     self._process_ids += [child.pid for child in psutil.Process(self._process.pid).children()]
         return max(map(held_bytes, self._process_ids))
+
+    def _signs_of_life(self) -> float:
+        return self._heard + self.cpu_seconds()
 
     def cpu_seconds(self) -> float:
         """Return the processor time that it, and all that it started, has used so far."""
