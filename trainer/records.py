@@ -157,7 +157,7 @@ def _parquet_blocks(file: Path) -> Iterator[Block]:
                 if batch.num_rows:
                     yield Block(file, number + 1, batch.num_rows, batch)
                 number += batch.num_rows
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _unreadable(file, number, error) from None
 
 
@@ -166,7 +166,7 @@ def _parquet_rows(block: Block) -> Iterator[tuple[str, Row]]:
 
     try:
         rows = block.raw.to_pylist()
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except (pa.ArrowException, ValueError, OverflowError) as error:  # for what Python has no value
         raise _unreadable(block.file, block.first - 1, error) from None
     for number, row in enumerate(rows, block.first):
         yield f"{block.file}: row {number}", row

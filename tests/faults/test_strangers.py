@@ -158,6 +158,12 @@ def test_parquet_that_is_damaged_is_named_and_crashes_nothing(tmp_path: Path, te
     tell(count)
 
 
+def talk(beside: pa.Array, name: str) -> pa.Table:
+    """A conversation of one turn that has another field."""
+    turns = pa.StructArray.from_arrays([pa.array(["user"]), pa.array(["q"]), beside], ["role", "content", name])
+    return pa.table({"conversations": pa.ListArray.from_arrays([0, 1], turns)})
+
+
 def test_tables_that_are_none_of_ours_are_named(tmp_path: Path, tell: Any) -> None:
     file = tmp_path / "rows.parquet"
     texts = pa.array(["a", "b"])
@@ -173,6 +179,12 @@ def test_tables_that_are_none_of_ours_are_named(tmp_path: Path, tell: Any) -> No
         "turns as texts": (pa.table({"conversations": texts}), "row 1: `conversations` must be a list of turns"),
         "texts that are no UTF-8": (pa.table({"text": no_text}), "row"),
         "dates": (pa.table({"text": pa.array([0], pa.timestamp("ns"))}), "row 1: `text` must be text"),
+        "nanoseconds": (pa.table({"text": pa.array([1], pa.timestamp("ns"))}), "not a readable parquet file"),
+        "spans of them": (pa.table({"text": pa.array([1], pa.duration("ns"))}), "not a readable parquet file"),
+        "dates far away": (pa.table({"text": pa.array([2**62], pa.timestamp("us"))}), "not a readable parquet file"),
+        "days far away": (pa.table({"text": pa.array([2**30], pa.date32())}), "not a readable parquet file"),
+        "turns with nanoseconds": (talk(pa.array([1], pa.timestamp("ns")), "at"), "not a readable parquet file"),
+        "turns with a field twice": (talk(pa.array(["q"]), "content"), "not a readable parquet file"),
     }  # fmt: skip
     for name, (table, expected) in wrong.items():
         pq.write_table(table, file)
