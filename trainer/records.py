@@ -8,11 +8,14 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from autotune.errors import ConfigurationError, DataError
 
@@ -20,8 +23,15 @@ SUFFIXES = (".parquet", ".jsonl")
 ROLES = ("system", "user", "assistant")
 LONGEST_LINE = 2**24
 """Bytes of a jsonl line: more is no row, and would be held several times over."""
+LONGEST_ROW = LONGEST_LINE
+"""Bytes of a row of parquet."""
 BLOCK_ROWS, BLOCK_BYTES = 256, 2**18
 """A block is read as one piece: so many rows at most, and of text hardly more bytes."""
+SPLIT = "split what is longer into several rows"
+BATCH_BYTES = 2**26
+"""Of parquet that is decoded at a time, by what the file says of itself."""
+DECODING_BYTES = 2**29
+"""Of address space that decoding may take beyond what the process has, whatever the file says: some KB can hold GB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,27 +159,76 @@ def _parquet_blocks(file: Path) -> Iterator[Block]:
 
     number = 0
     try:
-        with pq.ParquetFile(file) as parquet:
+        with pq.ParquetFile(file, buffer_size=BLOCK_BYTES) as parquet:
             wanted = [name for name in parquet.schema_arrow.names if name in COLUMNS]
             if not wanted and parquet.schema_arrow.names:
                 _shape_of(dict.fromkeys(parquet.schema_arrow.names), str(file))
-            for batch in parquet.iter_batches(batch_size=BLOCK_ROWS, columns=wanted):
-                if batch.num_rows:
-                    yield Block(file, number + 1, batch.num_rows, batch)
+            rows = _rows_at_once(parquet.metadata)
+            batches = parquet.iter_batches(batch_size=rows, columns=wanted, use_threads=False)
+            while (batch := _bounded(lambda: next(batches, None))) is not None:
+                yield from _pieces(file, number + 1, batch)
                 number += batch.num_rows
+    except MemoryError:
+        raise _too_large(file, number) from None
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _unreadable(file, number, error) from None
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """Return how many rows are decoded at a time: fewer where they are long."""
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    longest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+    return max(1, min(BLOCK_ROWS, BATCH_BYTES // max(1, longest)))
+
+
+def _pieces(file: Path, first: int, batch: Any) -> Iterator[Block]:
+    """Yield what was decoded as one block, or row by row where it is large; raises DataError for a row too long."""
+    if batch.num_rows and batch.nbytes <= LONGEST_ROW:
+        yield Block(file, first, batch.num_rows, batch)
+        return
+    for number, at in enumerate(range(batch.num_rows), first):
+        row = _without_dictionaries(batch[at : at + 1])
+        if row.nbytes > LONGEST_ROW:
+            raise DataError(f"{file}: row {number}: longer than {LONGEST_ROW // 2**20} MiB", SPLIT)
+        yield Block(file, number, 1, row)
+
+
+def _without_dictionaries(row: Any) -> Any:
+    """Return a row with its own values where it points into a dictionary, which counts as all of it."""
+    columns = [c.dictionary_decode() if hasattr(c, "dictionary_decode") else c for c in row.columns]
+    return type(row).from_arrays(columns, names=row.schema.names)
 
 
 def _parquet_rows(block: Block) -> Iterator[tuple[str, Row]]:
     import pyarrow as pa
 
     try:
-        rows = block.raw.to_pylist()
-    except (pa.ArrowException, ValueError, OverflowError) as error:  # for what Python has no value
+        rows = _bounded(block.raw.to_pylist)
+    except MemoryError:
+        raise _too_large(block.file, block.first - 1) from None
+    except (pa.ArrowException, ValueError, OverflowError) as error:  # for what Python has no value for
         raise _unreadable(block.file, block.first - 1, error) from None
     for number, row in enumerate(rows, block.first):
         yield f"{block.file}: row {number}", row
+
+
+def _bounded(decode: Callable[[], Any]) -> Any:
+    """Decode under a limit of memory that the kernel holds; raises MemoryError beyond it."""
+    if sys.platform != "linux":  # elsewhere an address space has no limit
+        return decode()
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = psutil.Process().memory_info().vms + DECODING_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most if soft == resource.RLIM_INFINITY else min(most, soft), hard))
+    try:
+        return decode()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _too_large(file: Path, number: int) -> DataError:
+    return DataError(f"{file}: the rows after row {number} take more than {DECODING_BYTES // 2**20} MiB to read", SPLIT)
 
 
 def _unreadable(file: Path, number: int, error: BaseException) -> DataError:

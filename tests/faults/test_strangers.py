@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from cli.render.console import err, show_command
 from cli.render.plan import print_plan
 from trainer.model import build_for, summarise
 from trainer.preprocess import preprocess
-from trainer.records import LONGEST_LINE, find_files, parse, read_blocks
+from trainer.records import DECODING_BYTES, LONGEST_LINE, LONGEST_ROW, find_files, parse, read_blocks
 from trainer.tokenizer import load_tokenizer
 
 MIB = 2**20
@@ -90,9 +90,28 @@ def test_a_line_of_a_gigabyte_is_refused_without_being_held(tmp_path: Path, tell
         seen = watched(lambda: read(file), tmp_path)
         assert seen.said == f"{file}: line 2: longer than 16 MiB"
         assert seen.most_bytes - idle < 64 * MIB
-    file.write_bytes(b'{"text": "' + b"x" * (LONGEST_LINE - 20) + b'"}\n')
-    assert watched(lambda: read(file), tmp_path).said == ACCEPTED
-    tell(3)
+    tell(2)
+
+
+def test_the_longest_lines_that_are_read_take_little(tmp_path: Path, tell: Any) -> None:
+    """Of text a few times its bytes; of empty lists what Python's own take."""
+    file = tmp_path / "rows.jsonl"
+    start, end, room = b'{"text": "x', b'"}\n', LONGEST_LINE - 100
+    beside = b'", "beside": ['
+    lines = {
+        "text": (start + b"x" * room + end, 96 * MIB),
+        "lists": (start + beside + b"[]," * (room // 3) + b"[]]}\n", 640 * MIB),
+        "escapes": (start + rb"\u4f60" * (room // 6) + end, 96 * MIB),
+        "objects": (start + beside + b"{}," * (room // 3) + b"{}]}\n", 640 * MIB),
+    }
+    cases = [*lines.items()][: trials(2, 4)]
+    for name, (line, most) in cases:
+        file.write_bytes(line * trials(1, 3))
+        idle = watched(lambda: ACCEPTED, tmp_path).most_bytes
+        seen = watched(lambda: read(file), tmp_path)
+        assert seen.said == ACCEPTED, name
+        assert seen.most_bytes - idle < most, name
+    tell(len(cases))
 
 
 def test_generated_lines_are_rows_or_named(tmp_path: Path, tell: Any) -> None:
@@ -156,6 +175,57 @@ def test_parquet_that_is_damaged_is_named_and_crashes_nothing(tmp_path: Path, te
             count += group
     assert refused > count // 3
     tell(count)
+
+
+def bombs() -> Iterator[tuple[str, Callable[[], pa.Table], dict[str, Any]]]:
+    """Yield tables of gigabytes that are files of some KB, and what writes them so."""
+    text = "x" * (LONGEST_ROW - 99)
+    places = pa.array([0] * 256, pa.int32())
+    yield "a text many times over", lambda: pa.table({"text": pa.DictionaryArray.from_arrays(places, [text])}), {}
+    yield "one text", lambda: pa.table({"text": [text * 32]}), {"use_dictionary": False}
+    yield "texts", lambda: pa.table({"text": [text] * 64}), {"use_dictionary": False}
+
+    def turns() -> pa.Table:
+        none = pa.nulls(10**8, pa.struct([("role", pa.string()), ("content", pa.string())]))
+        return pa.table({"conversations": pa.ListArray.from_arrays(pa.array([0, 10**8], pa.int32()), none)})
+
+    yield "turns that are none", turns, {}
+
+
+def test_parquet_that_unfolds_to_gigabytes_is_refused_without_being_held(tmp_path: Path, tell: Any) -> None:
+    """The kernel's limit holds, whatever the file says of itself, and a gigabyte that Arrow's allocator sets aside."""
+    file = tmp_path / "rows.parquet"
+    cases = [*bombs()][: trials(1, 4)]
+    for name, made, options in cases:
+        given = {"compression": "zstd", "store_schema": False} | options
+        write = partial(lambda made, given: pq.write_table(made(), file, **given), made, given)
+        watched(write, tmp_path)  # in a child: what it takes is not what is measured
+        assert file.stat().st_size < MIB
+        idle = watched(lambda: ACCEPTED, tmp_path).most_bytes
+        seen = watched(lambda: read(file), tmp_path)
+        assert seen.said == f"{file}: the rows after row 0 take more than 512 MiB to read", name
+        assert seen.most_bytes - idle < DECODING_BYTES + 1024 * MIB, name
+    tell(len(cases))
+
+
+def test_rows_of_parquet_are_at_most_as_long_as_lines(tmp_path: Path, tell: Any) -> None:
+    file = tmp_path / "rows.parquet"
+    most, more = "x" * (LONGEST_ROW - 99), "x" * (LONGEST_ROW + 1)
+    texts = pa.array([str(i) * 4000 for i in range(2000)])
+    places = pa.DictionaryArray.from_arrays(pa.array(range(2000), pa.int32()), texts)
+    turns = [{"role": "user", "content": most}] * 2
+    for table, said in (
+        (pa.table({"text": [most] * 3}), ACCEPTED),
+        (pa.table({"text": places}), ACCEPTED),
+        (pa.table({"text": ["a", more, "b"]}), "row 2: longer than 16 MiB"),
+        (pa.Table.from_pylist([{"conversations": turns}]), "row 1: longer than 16 MiB"),
+    ):
+        watched(lambda table=table: pq.write_table(table, file, compression="zstd"), tmp_path)  # type: ignore[misc]
+        idle = watched(lambda: ACCEPTED, tmp_path).most_bytes
+        seen = watched(lambda: read(file), tmp_path)
+        assert seen.said.removeprefix(f"{file}: ") == said
+        assert seen.most_bytes - idle < 384 * MIB, said
+    tell(4)
 
 
 def talk(beside: pa.Array, name: str) -> pa.Table:
