@@ -51,6 +51,13 @@ KEPT_AT_LEAST = 2
 SMALL_FILES_BYTES = 2**20
 """State, manifest, headers and folders, at most."""
 MIB = 2**20
+VERSIONS = {
+    "chatlm": version("chatlm"),
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "transformers": version("transformers"),
+}
+"""What may change the last digits of a loss. Read at the start: a save looks into no folder but its own."""
 
 
 class SavedState(Fact):
@@ -165,22 +172,12 @@ def _write(folder: Path, state: TrainState, progress: Progress, origin: Origin) 
         identity=origin.identity,
         recipe=origin.recipe,
         plan=origin.plan_hash,
-        versions=versions(),
+        versions=VERSIONS,
         files={n: FileFacts(bytes=(folder / n).stat().st_size, sha256=hash_of(folder / n)) for n in names},
     )
     (folder / MANIFEST).write_bytes(sealed(manifest))
     _sync(folder / MANIFEST)
     _sync(folder)
-
-
-def versions() -> dict[str, str]:
-    """Return what may change the last digits of a loss."""
-    return {
-        "chatlm": version("chatlm"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }
 
 
 def _rotate(checkpoints: Path, keep_last: int, best_step: int | None) -> None:

@@ -127,7 +127,7 @@ class Run:
             "verified_bytes": sum(file.bytes for file in then.files.values()),
             "damaged": list(found.damaged),
             "given_up": [str(folder) for folder in given_up],
-            "changed": [*changed, *told_differences(then.versions, checkpoint.versions())],
+            "changed": [*changed, *told_differences(then.versions, checkpoint.VERSIONS)],
             "same_plan": then.plan == self.origin.plan_hash,
         }
 
