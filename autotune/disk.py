@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,3 +32,33 @@ def write_whole(file: Path, text: str) -> None:
     partial.write_bytes(written)
     sync(partial)
     partial.replace(file)
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Give a folder that is written its name, on the disk; one that has it goes, where all went well.
+
+    Raises OSError where the disk refuses: the older one then has its name still, or again. One that a kill left
+    without its name has it again first.
+    """
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    remove(old)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        partial.rename(folder)
+        sync(folder.parent)
+    except OSError:
+        if folder.exists():
+            folder.rename(partial)
+        if old.exists():
+            old.rename(folder)
+        raise
+    remove(old)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder with all in it, as far as the disk lets us; shutil still raises where one cannot be closed."""
+    with suppress(OSError):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import (
     T5Config,
 )
 
+from autotune.disk import put_in_place, remove, sync
 from autotune.errands import ModelSummary, TokenIds
 from autotune.errors import ConfigurationError, MachineError
 from autotune.plan import Task, Workload
@@ -330,25 +330,23 @@ def _listed(ids: int | tuple[int, ...]) -> int | list[int]:
 
 
 def save_model(model: Any, tokenizer_dir: Path, folder: Path) -> None:
-    """Write weights (safetensors), configurations and tokenizer; an older folder is replaced when all is written.
+    """Write weights (safetensors), configurations and tokenizer; an older folder is replaced when all is on the disk.
 
     Raises MachineError where the disk is full or fails: an older folder is then there still.
     """
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    partial = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         partial.mkdir(parents=True)
         model.save_pretrained(partial)
         for file in tokenizer_dir.iterdir():
-            shutil.copy2(file, partial / file.name)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)  # noqa: PTH105 # says that it replaces
-        os.replace(partial, folder)  # noqa: PTH105
+            (partial / file.name).write_bytes(file.read_bytes())
+        for file in (*partial.iterdir(), partial):
+            sync(file)
+        put_in_place(partial, folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise MachineError(
             f"{folder} could not be saved: {said}", "free some of the disk; what was trained is in the last checkpoint"
         ) from None
-    shutil.rmtree(old, ignore_errors=True)

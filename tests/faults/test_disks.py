@@ -29,6 +29,7 @@ from power import Disk, recorded
 from small_runs import going_on, small_errand
 from tiers import FULL, some, trials
 from traced import FAILED, each_call, inject, needs_strace, strace
+from transformers import LlamaForCausalLM
 
 from autotune.errands import Train
 from autotune.errors import MachineError, RunExistsError
@@ -36,6 +37,7 @@ from cli.lock import hold
 from cli.runs import write_run
 from profiles import resolve
 from trainer import worker
+from trainer.model import save_model
 from trainer.rows import RowFile
 from trainer.ties import ERRAND_FILE
 
@@ -382,6 +384,113 @@ def test_curves_end_where_a_disk_fills_and_the_run_does_not(disk: Path, tmp_path
     written = [json.loads(line) for line in (disk / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in written if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     tell(1)
+
+
+@dataclass(frozen=True)
+class Models:
+    """A folder `model` with an older model, and a newer one to be saved there."""
+
+    place: Path
+    older: Any
+    newer: Any
+    tokenizer: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.place / "model"
+
+    def save(self) -> str:
+        """Save the newer one; returns the sentence of a save that failed."""
+        try:
+            save_model(self.newer, self.tokenizer, self.folder)
+        except MachineError as error:
+            return error.message
+        return ""
+
+    def begin(self) -> None:
+        """Have the older one there, and nothing else."""
+        shutil.rmtree(self.place, ignore_errors=True)
+        save_model(self.older, self.tokenizer, self.folder)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()} if folder.exists() else {}
+
+
+@pytest.fixture
+def models(tmp_path: Path, home: Path) -> Models:
+    older, newer = (LlamaForCausalLM.from_pretrained(home / "model") for _ in range(2))
+    with torch.no_grad():
+        newer.model.norm.weight.add_(1.0)
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(home / "model" / name, tokenizer / name)
+    return Models(tmp_path / "run", older, newer, tokenizer)
+
+
+CHANGING = "mkdir,openat,write,ftruncate,fsync,rename,unlinkat,rmdir"
+
+
+@needs_strace
+@pytest.mark.parametrize("error", some(["ENOSPC", "EIO"], 1))
+def test_a_model_that_cannot_be_saved_leaves_the_one_before(
+    error: str, models: Models, tmp_path: Path, tell: Any
+) -> None:
+    """Refused at any call, once or from then on, and killed there: the next save succeeds, and leaves nothing else."""
+    models.begin()
+    older = files_in(models.folder)
+    seen = strace(models.save, ["-e", f"trace={CHANGING}"], tmp_path).calls
+    newer = files_in(models.folder)
+    assert older != newer
+    names = [call for call, _ in each_call(seen)]
+    strikes = [(call, place) for call in sorted(set(names)) for place in range(1, names.count(call) + 1)]
+    count = 0
+    for call, place in strikes if FULL else [(c, p) for c, p in strikes if c in ("rename", "fsync")]:
+        for onwards in (False, True):
+            models.begin()
+            ended = strace(models.save, inject(call, f"error={error}", place, onwards=onwards), tmp_path)
+            assert ended.struck
+            if ended.said:
+                assert ended.said.startswith(f"{models.folder} could not be saved: ")
+            lost = onwards and call == "rename"  # it has no name any more: the next save gives it back
+            there = files_in(models.place / ".model.old" if lost and not models.folder.exists() else models.folder)
+            assert there == (older if ended.said else newer), (call, place, onwards)
+            check_next_save(models, newer)
+        count += 2
+        if error == "ENOSPC":
+            models.begin()
+            assert strace(models.save, inject(call, "signal=KILL", place), tmp_path).code == -signal.SIGKILL
+            there = files_in(models.folder) or files_in(models.place / ".model.old")
+            assert there in (older, newer), (call, place)
+            check_next_save(models, newer)
+            count += 1
+    tell(count)
+
+
+def check_next_save(models: Models, newer: dict[str, bytes]) -> None:
+    assert models.save() == ""
+    assert files_in(models.folder) == newer
+    assert [p.name for p in models.place.iterdir()] == ["model"]
+
+
+@needs_strace
+def test_power_that_is_lost_as_a_model_is_saved_leaves_one_that_is_whole(
+    models: Models, tmp_path: Path, tell: Any
+) -> None:
+    random.seed(7)
+    models.begin()
+    older, before = files_in(models.folder), Disk(models.place)
+    operations = recorded(models.save, models.place, tmp_path)
+    newer = files_in(models.folder)
+    states = {s for n in range(len(operations) + 1) for s in before.states(operations[:n], trials(3, 100))}
+    after = set(before.states(operations, trials(10, 200)))
+    for state in states | after:
+        shutil.rmtree(models.place)
+        state.lay_out(models.place)
+        there = files_in(models.folder) or files_in(models.place / ".model.old")
+        assert there == newer or (there == older and state not in after)
+    tell(len(states | after))
 
 
 def test_a_disk_takes_a_part_of_a_row_then_no_more_then_the_rest(disk: Path, tell: Any) -> None:
