@@ -31,8 +31,8 @@ class Mutation(NamedTuple):
 
 CHECKPOINT, LOOP, MANIFEST = "trainer/checkpoint.py", "trainer/loop.py", "trainer/manifest.py"
 PROCESS, ROWS = "autotune/process.py", "trainer/rows.py"
-RESTORED = "tests/test_checkpoint.py::test_what_is_restored_is_what_was_saved_to_the_bit"
 FAULTS = "tests/faults/"
+RESTORED = FAULTS + "test_runs.py::test_what_is_restored_is_what_was_saved"
 MUTATIONS = {
     "the epoch's seed is forgotten as a run goes on": Mutation(
         LOOP,
@@ -94,7 +94,10 @@ MUTATIONS = {
         FAULTS + "test_saves.py::test_a_disk_that_refuses_any_call_of_a_save[ENOSPC-the one before]",
     ),
     "rows past the checkpoint stay": Mutation(
-        ROWS, "if step and _step_of(line) <= step", "if step", "tests/test_rows.py"
+        ROWS,
+        "if step and _step_of(line) <= step",
+        "if step",
+        FAULTS + "test_runs.py::test_killed_whole_again_and_again[1]",
     ),
     "rows that were refused are dropped": Mutation(
         ROWS,
@@ -142,25 +145,40 @@ MUTATIONS = {
 @pytest.mark.parametrize("bug", MUTATIONS)
 def test_a_seeded_bug_is_found(bug: str, tmp_path: Path, tell: Any) -> None:
     mutation = MUTATIONS[bug]
-    for room in ROOMS:
-        whole = ROOT / room
-        if whole.is_dir():
-            shutil.copytree(whole, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(whole, tmp_path / room)
+    copy_to(tmp_path)
     file = tmp_path / mutation.file
     text = file.read_text(encoding="utf-8")
     assert text.count(mutation.words) == 1, "the words are no longer there"
     file.write_text(text.replace(mutation.words, mutation.others), encoding="utf-8")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(tmp_path),
-        "CHATLM_FAULTS": "full" * mutation.test.startswith(WORKER),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", mutation.test],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    done = tested(mutation.test, tmp_path)
     assert done.returncode == 1, f"not found: {done.stdout[-2000:]}{done.stderr[-500:]}"
     assert " failed" in done.stdout, done.stdout[-2000:]
     tell(1)
+
+
+@pytest.mark.skipif(not FULL, reason="of the full tier")
+@pytest.mark.parametrize("test", sorted({mutation.test for mutation in MUTATIONS.values()}))
+def test_without_a_bug_none_is_found(test: str, tmp_path: Path, tell: Any) -> None:
+    """In such a copy too: else whatever fails there would be taken for finding one."""
+    copy_to(tmp_path)
+    done = tested(test, tmp_path)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-500:]}"
+    assert " passed" in done.stdout
+    tell(1)
+
+
+def copy_to(folder: Path) -> None:
+    for room in ROOMS:
+        whole = ROOT / room
+        if whole.is_dir():
+            shutil.copytree(whole, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(whole, folder / room)
+
+
+def tested(test: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(folder), "CHATLM_FAULTS": "full" * test.startswith(WORKER)}
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", test],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip

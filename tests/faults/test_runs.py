@@ -16,17 +16,20 @@ from typing import Any
 
 import facts
 import pytest
+import torch
 from conftest import metrics
 from injected import Shortage, not_a_number, run_struck, run_while
 from small_runs import Rows, evaluations, going_on, losses, of_kind, run, small_errand, stopping_at, weights
-from test_checkpoint import FILES, flipped, saved
+from test_checkpoint import FILES, ORIGIN, flipped, new_state, saved, tensors
 from test_ranks import after_steps, alive, launched, rank_processes, run_together
 from tiers import some, trials
 
 from autotune.errands import Train
 from autotune.errors import MachineError
 from trainer import manifest
+from trainer.checkpoint import restore, save
 from trainer.manifest import find
+from trainer.progress import Best, Progress, Watch
 
 STEPS = 60
 EPOCHS = 20
@@ -147,6 +150,22 @@ def test_damage_is_named_and_the_one_before_is_used(tmp_path: Path, tell: Any) -
         assert (found.folder, len(found.damaged)) == (older, 1)
         assert name in found.damaged[0] or "another name" in found.damaged[0]
     tell(trials(60, 500))
+
+
+def test_what_is_restored_is_what_was_saved(tmp_path: Path, tell: Any) -> None:
+    """Weights, moments, the loss scale, and all that is known of the way."""
+    random.seed(10)
+    for step in range(1, trials(4, 60)):
+        family, optimizer = random.choice(("llama", "t5")), random.choice(("adamw", "adafactor"))
+        before, after = (new_state(family, optimizer, seed) for seed in (step, step + 1))
+        watch = Watch([random.random() for _ in range(step)], [random.random()], random.randrange(5))
+        kept = Progress(step, 8 * step + 1, step - 1, Best(step - 1, random.random(), random.randrange(5)), watch)
+        save(tmp_path / manifest.FOLDER, before, kept, ORIGIN, 2)
+        found = find(tmp_path)
+        assert found is not None
+        assert restore(found, after) == kept
+        assert all(torch.equal(value, tensors(after)[name]) for name, value in tensors(before).items())
+    tell(step)
 
 
 def killed_or_ended(errand: Train, ranks: int, at_step: int | None, delay: float) -> bool:
