@@ -24,6 +24,7 @@ from autotune.errands import ModelSummary, TokenIds
 from autotune.errors import ConfigurationError, MachineError
 from autotune.plan import Task, Workload
 from trainer.compiled import compile_layers
+from trainer.folders import INDEX, check_links, check_weights
 from trainer.forward import forward
 from trainer.loss import KNOWN_TAILS
 from trainer.memory import is_memory_error
@@ -145,6 +146,7 @@ def _checkpoint_config(folder: str) -> Any:
         raise ConfigurationError(
             f"{folder}: no safetensors weights; pickled ones (.bin, .pth) can run code and are not read", CONVERT
         )
+    check_links(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 # whatever transformers makes of a stranger's file
@@ -154,10 +156,12 @@ def _checkpoint_config(folder: str) -> Any:
 
 
 def _check_strange(folder: str, config: Any) -> None:
-    """Raise ConfigurationError for a config.json that asks for code that is not here, or for what no model has.
+    """Raise ConfigurationError for a config.json or index that asks for code or files from elsewhere, or for no model.
 
-    transformers takes kernels that are named like a repository from a hub, and runs them.
+    transformers takes kernels that are named like a repository from a hub, and runs them; it opens the files that an
+    index of weights names wherever they are.
     """
+    check_weights(folder, str(getattr(config, "transformers_weights", None) or INDEX))
     for kind in ("attn", "experts"):
         asked = getattr(config, f"_{kind}_implementation_internal", None)
         if asked is not None and (not isinstance(asked, str) or not asked.isidentifier()):

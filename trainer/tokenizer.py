@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from autotune.errors import ConfigurationError
+from trainer.folders import check_links
 from trainer.records import Record
 
 if TYPE_CHECKING:
@@ -30,11 +31,12 @@ TRAINING_CHARACTERS = 50_000_000
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a local folder; raises ConfigurationError if there is none."""
+    """Load a tokenizer from a local folder; raises ConfigurationError if there is none, or it lies elsewhere."""
     from transformers import AutoTokenizer
 
     if not (Path(folder) / "tokenizer.json").exists():
         raise ConfigurationError(f"{folder}: no tokenizer.json in this folder")
+    check_links(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 # whatever transformers makes of a stranger's files

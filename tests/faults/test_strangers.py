@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from micro import make_home
+from safetensors.torch import load_file, save_file
 from strangers import (
     ACCEPTED,
     BOMBS,
@@ -41,6 +42,7 @@ from cli.render.plan import print_plan
 from trainer.model import build_for, summarise
 from trainer.preprocess import preprocess
 from trainer.records import DECODING_BYTES, LONGEST_LINE, LONGEST_ROW, find_files, parse, read_blocks
+from trainer.template import CHILD_BYTES
 from trainer.tokenizer import load_tokenizer
 
 MIB = 2**20
@@ -320,7 +322,7 @@ def held(seen: Witnessed, tmp_path: Path, name: str) -> None:
 
 
 def test_the_witness_sees_what_it_is_there_for(tmp_path: Path, tell: Any) -> None:
-    """Each kind of payload, opened by what would run it, is seen; else all below would prove nothing."""
+    """Each kind of payload, opened by what would run it, is seen, in a child's child too; else nothing is proven."""
     import pickle
 
     (_, content), *_ = pickles(tmp_path / "canary")
@@ -328,17 +330,49 @@ def test_the_witness_sees_what_it_is_there_for(tmp_path: Path, tell: Any) -> Non
         "os.system" in seen or "pickle" in seen for seen in watched(lambda: pickle.loads(content), tmp_path).seen
     )
     assert (tmp_path / "canary").exists()
-    outside = tmp_path.parent / "outside"
-    assert watched(lambda: outside.write_text("x"), tmp_path).seen == [f"wrote {outside}"]
-    outside.unlink()
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for folder in (inside, outside):
+        folder.mkdir()
+        save_file({}, folder / "a.safetensors")
+    (inside / "link").symlink_to(outside)
+    changes: dict[str, Callable[[Path], Any]] = {
+        "wrote": lambda folder: (folder / "new").write_text("x"),
+        "os.mkdir": lambda folder: (folder / "folder").mkdir(),
+        "os.rename": lambda folder: (folder / "new").rename(folder / "old"),
+        "os.symlink": lambda folder: (folder / "name").symlink_to("/"),
+        "os.remove": lambda folder: (folder / "old").unlink(),
+        "os.chmod": lambda folder: (folder / "folder").chmod(0o700),
+        "os.rmdir": lambda folder: (folder / "folder").rmdir(),
+    }
+    for event, change in changes.items():
+        assert watched(lambda change=change: change(inside), inside).seen == []  # type: ignore[misc]
+        seen = watched(lambda change=change: in_a_child(lambda: change(outside)), inside).seen  # type: ignore[misc]
+        assert seen, event
+        assert all(line.startswith(f"{event} {outside}/") for line in seen), seen
+    assert watched(lambda: (inside / "link" / "x").write_text("x"), inside).seen == [f"wrote {outside / 'x'}"]
+    assert watched(lambda: len(load_file(outside / "a.safetensors")), inside, None, outside).seen == [
+        "opened a.safetensors"
+    ]
+    assert watched(lambda: (outside / "a.safetensors").resolve().stat().st_size, inside, None, outside).seen == []
     (tmp_path / "evil.py").write_text("x = 1")
     run = lambda: exec(compile("x = 1", str(tmp_path / "evil.py"), "exec"))  # noqa: E731
     assert watched(run, tmp_path, tmp_path).seen != []
-    tell(3)
+    idle = watched(lambda: ACCEPTED, tmp_path).most_bytes
+    assert watched(lambda: in_a_child(lambda: b"x" * 300 * MIB), tmp_path).most_bytes - idle > 250 * MIB
+    tell(5 + len(changes))
+
+
+def in_a_child(work: Callable[[], Any]) -> None:
+    child = os.fork()
+    if child == 0:
+        work()
+        os._exit(0)
+    os.waitpid(child, 0)
 
 
 def test_a_model_as_it_should_be_is_opened(home: Path, tmp_path: Path, tell: Any) -> None:
-    seen = watched(lambda: open_model(stranger_of(home, tmp_path), home, tmp_path), tmp_path, tmp_path / "stranger")
+    model = stranger_of(home, tmp_path)
+    seen = watched(lambda: open_model(model, home, tmp_path), tmp_path / "cache", model)
     held(seen, tmp_path, "")
     assert seen.said == ACCEPTED
     tell(1)
@@ -351,7 +385,7 @@ def test_pickles_offered_as_weights_are_refused_with_the_way_to_convert(home: Pa
         (model / "model.safetensors").unlink()
         (model / name).write_bytes(content)
         for offered in (model, model / name):
-            seen = watched(lambda offered=offered: open_model(offered, home, tmp_path), tmp_path, model)  # type: ignore[misc]
+            seen = watched(lambda offered=offered: open_model(offered, home, tmp_path), tmp_path / "cache", model)  # type: ignore[misc]
             held(seen, tmp_path, name)
             assert str(model) in seen.said, seen.said
             if name != "model.safetensors" or offered != model:
@@ -367,7 +401,7 @@ def test_a_configuration_that_asks_for_code_or_cannot_be_is_refused_or_not_heede
         model = stranger_of(home, tmp_path)
         file = model / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | asked))
-        seen = watched(lambda model=model: open_model(model, home, tmp_path), tmp_path, model)  # type: ignore[misc]
+        seen = watched(lambda model=model: open_model(model, home, tmp_path), tmp_path / "cache", model)  # type: ignore[misc]
         held(seen, tmp_path, name)
         assert seen.said == ACCEPTED or str(model) in seen.said, (name, seen.said)
     tell(len(cases))
@@ -378,7 +412,7 @@ def test_chat_templates_do_not_leave_their_sandbox(home: Path, tmp_path: Path, t
     for name, text in cases:
         model = stranger_of(home, tmp_path)
         (model / "chat_template.jinja").write_text(text)
-        seen = watched(lambda model=model: open_model(model, home, tmp_path), tmp_path, model)  # type: ignore[misc]
+        seen = watched(lambda model=model: open_model(model, home, tmp_path), tmp_path / "cache", model)  # type: ignore[misc]
         held(seen, tmp_path, name)
         assert seen.said != ACCEPTED, name
     tell(len(cases))
@@ -390,26 +424,99 @@ def test_chat_templates_that_would_take_all_time_or_memory_are_ended(home: Path,
         model = stranger_of(home, tmp_path)
         (model / "chat_template.jinja").write_text(text)
         idle = watched(lambda: ACCEPTED, tmp_path).most_bytes
-        seen = watched(lambda model=model: open_model(model, home, tmp_path), tmp_path, model)  # type: ignore[misc]
+        seen = watched(lambda model=model: open_model(model, home, tmp_path), tmp_path / "cache", model)  # type: ignore[misc]
         held(seen, tmp_path, text)
         assert seen.said != ACCEPTED, text
-        assert seen.most_bytes - idle < 700 * MIB, text
+        assert seen.most_bytes - idle < CHILD_BYTES + 128 * MIB, text
+        assert seen.seconds < 60, text
     tell(len(cases))
 
 
-def test_links_and_paths_that_leave_a_folder_reach_nothing(home: Path, tmp_path: Path, tell: Any) -> None:
-    """Weights in pieces of which one is said to lie elsewhere."""
-    model = stranger_of(home, tmp_path)
+def in_pieces(model: Path, shards: dict[str, Path]) -> None:
+    """Have an index name these shards, which lie where their paths say, for the whole of a model's weights."""
+    weights = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    names = sorted(weights)
+    parts = {shard: names[i :: len(shards)] for i, shard in enumerate(shards)}
+    for shard, place in shards.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: weights[name] for name in parts[shard]}, place, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: shard for shard, part in parts.items() for name in part}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_names_and_links_that_leave_a_folder_reach_nothing(home: Path, tmp_path: Path, tell: Any) -> None:
+    """With weights beside that are whole and safe: what is refused is the way, and nothing there is opened."""
     elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    shutil.move(model / "model.safetensors", elsewhere / "model.safetensors")
-    for place in ("../elsewhere/model.safetensors", str(elsewhere / "model.safetensors")):
-        index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": place}}
-        (model / "model.safetensors.index.json").write_text(json.dumps(index))
-        seen = watched(lambda: open_model(model, home, tmp_path), tmp_path, model)
-        held(seen, tmp_path, place)
-        assert seen.said != ACCEPTED
-    tell(2)
+    away = elsewhere / "a.safetensors"
+    count = 0
+    for shard in ("../elsewhere/a.safetensors", str(away), "sub/../../elsewhere/a.safetensors", "link/a.safetensors"):
+        model = stranger_of(home, tmp_path)
+        shutil.copy(model / "model.safetensors", model / "decoy.safetensors")
+        (model / "sub").mkdir()
+        (model / "link").symlink_to(elsewhere)
+        in_pieces(model, {"b.safetensors": model / "b.safetensors", shard: away})
+        for index in ("model.safetensors.index.json", "other.safetensors.index.json"):
+            (model / "model.safetensors.index.json").rename(model / index)
+            config = json.loads((home / "model" / "config.json").read_text())
+            (model / "config.json").write_text(json.dumps(config | {"transformers_weights": index}))
+            refused_unopened(model, home, tmp_path, elsewhere)
+            count += 1
+            (model / index).rename(model / "model.safetensors.index.json")
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "tokenizer_config.json"):
+        model = stranger_of(home, tmp_path)
+        elsewhere.mkdir(exist_ok=True)
+        (model / name).touch()
+        shutil.move(model / name, elsewhere / name)
+        (model / name).symlink_to(elsewhere / name)
+        refused_unopened(model, home, tmp_path, elsewhere)
+        count += 1
+    tell(count)
+
+
+def refused_unopened(model: Path, home: Path, tmp_path: Path, elsewhere: Path) -> None:
+    seen = watched(lambda: open_model(model, home, tmp_path), tmp_path / "cache", model, elsewhere)
+    held(seen, tmp_path, str(model))
+    assert f"leads out of its folder, to {elsewhere}" in seen.said, seen.said
+
+
+def test_an_index_that_is_none_or_names_pickles_is_refused(home: Path, tmp_path: Path, tell: Any) -> None:
+    (_, content), *_ = pickles(tmp_path / "canary")
+    maps: tuple[tuple[object, str], ...] = (
+        ({"a": "b.bin"}, "names 'b.bin', and only safetensors are read"),
+        ({"a": "b\0.safetensors"}, "only safetensors are read"),
+        ({"a": 5}, "not an index of weights"),
+        (["b"], "not an index of weights"),
+        (None, "not an index of weights"),
+        ({}, "its weights do not load"),
+    )
+    for weights, expected in maps:
+        model = stranger_of(home, tmp_path)
+        (model / "model.safetensors").rename(model / "decoy.safetensors")
+        (model / "b.bin").write_bytes(content)
+        (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+        seen = watched(lambda model=model: open_model(model, home, tmp_path), tmp_path / "cache", model)  # type: ignore[misc]
+        held(seen, tmp_path, str(weights))
+        assert seen.said.startswith(str(model)), seen.said
+        assert expected in seen.said, seen.said
+    tell(len(maps))
+
+
+def test_links_to_the_blobs_of_a_hub_s_cache_are_the_files_themselves(home: Path, tmp_path: Path, tell: Any) -> None:
+    whole = stranger_of(home, tmp_path)
+    in_pieces(whole, {name: whole / name for name in ("a.safetensors", "b.safetensors")})
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "c0ffee", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, file in enumerate(file for file in whole.iterdir() if file.suffix != ".py"):
+        shutil.copy(file, blobs / str(i))
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(i))
+    (tmp_path / "linked").symlink_to(snapshot)
+    for model in (whole, snapshot, tmp_path / "linked"):
+        seen = watched(lambda model=model: open_model(model, home, tmp_path), tmp_path / "cache", whole)  # type: ignore[misc]
+        held(seen, tmp_path, str(model))
+        assert seen.said == ACCEPTED, seen.said
+    tell(3)
 
 
 def test_commands_that_are_printed_run_as_they_were_meant(
