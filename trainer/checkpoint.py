@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from autotune.disk import sync
 from autotune.errors import ConfigurationError, MachineError
 from autotune.plan import Fact
 from trainer.manifest import (
@@ -88,7 +89,7 @@ def save(checkpoints: Path, state: TrainState, progress: Progress, origin: Origi
         _write(partial, state, progress, origin)
         with _hidden(target):  # one of the same step, which is there until the new one is
             os.rename(partial, target)  # noqa: PTH104 # fails where there is one already
-            _sync(checkpoints)
+            sync(checkpoints)
     except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
         _remove(partial)
         of_memory = is_memory_error(error)
@@ -164,7 +165,7 @@ def _write(folder: Path, state: TrainState, progress: Progress, origin: Origin) 
     (folder / STATE).write_bytes(SAVED_STATE.dump_json(text, indent=2))
     names = (MODEL, OPTIMIZER, STATE)
     for name in names:
-        _sync(folder / name)
+        sync(folder / name)
     manifest = Manifest(
         schema="chatlm.checkpoint/1",
         step=progress.step,
@@ -176,8 +177,8 @@ def _write(folder: Path, state: TrainState, progress: Progress, origin: Origin) 
         files={n: FileFacts(bytes=(folder / n).stat().st_size, sha256=hash_of(folder / n)) for n in names},
     )
     (folder / MANIFEST).write_bytes(sealed(manifest))
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def _rotate(checkpoints: Path, keep_last: int, best_step: int | None) -> None:
@@ -251,17 +252,6 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    """Make what is written outlast a loss of power; a folder too, where the system can."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sync_above(folder: Path) -> None:
     """Make the names by which a folder is reached, on its disk, outlast a loss of power.
 
@@ -272,7 +262,7 @@ def _sync_above(folder: Path) -> None:
         if above.stat().st_dev != disk:
             return
         with suppress(PermissionError):
-            _sync(above)
+            sync(above)
 
 
 def _names(model: Any) -> dict[str, Tensor]:

@@ -76,10 +76,10 @@ MUTATIONS = {
         KILLED,
     ),
     "the folder is not synced before it has its name": Mutation(
-        CHECKPOINT, "    _sync(folder / MANIFEST)\n    _sync(folder)\n", "    _sync(folder / MANIFEST)\n", POWER
+        CHECKPOINT, "    sync(folder / MANIFEST)\n    sync(folder)\n", "    sync(folder / MANIFEST)\n", POWER
     ),
-    "files are not synced": Mutation(CHECKPOINT, "    for name in names:\n        _sync(folder / name)\n", "", POWER),
-    "the new name is not synced": Mutation(CHECKPOINT, "            _sync(checkpoints)\n", "", POWER),
+    "files are not synced": Mutation(CHECKPOINT, "    for name in names:\n        sync(folder / name)\n", "", POWER),
+    "the new name is not synced": Mutation(CHECKPOINT, "            sync(checkpoints)\n", "", POWER),
     "what is above the first is synced by who made it alone": Mutation(
         CHECKPOINT,
         "        checkpoints.mkdir(parents=True, exist_ok=True)\n        if not all_in(checkpoints):",
