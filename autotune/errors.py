@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import errno
+import unicodedata
+
+MOST_CHARACTERS = 1000
+STEERING = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Categories of Unicode: what controls a terminal, turns words around, ends a line, or is half a character."""
 
 
 class UserError(Exception):
@@ -14,9 +19,15 @@ class UserError(Exception):
     exit_code = 70
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = _shown(message)
+        super().__init__(self.message)
         self.hint = hint
+
+
+def _shown(message: str) -> str:
+    """Return a message as a terminal shows it and no more: strangers name columns, and files, as they like."""
+    cut = message if len(message) <= MOST_CHARACTERS else f"{message[:MOST_CHARACTERS]} ..."
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in STEERING else c for c in cut)
 
 
 class NothingFitsError(UserError):

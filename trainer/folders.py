@@ -21,11 +21,12 @@ def check_links(folder: str, names: Iterable[str] = ()) -> None:
     real = path.resolve()
     homes = [real, *([real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [])]
     files = [file for pattern in ("*", "additional_chat_templates/*") for file in path.glob(pattern) if file.is_file()]
-    for file in (*files, *(path / name for name in names)):
-        place = Path(os.path.realpath(file))
+    for name in (*(str(file.relative_to(path)) for file in files), *names):
+        place = Path(os.path.realpath(path / name))
         if not any(place.is_relative_to(home) for home in homes):
             raise ConfigurationError(
-                f"{file} leads out of its folder, to {place}", "put what you trust into the folder, as a file"
+                f"{folder}: {name} leads out of this folder, to {place}",
+                "put what you trust into the folder, as a file",
             )
 
 

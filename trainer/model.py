@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     LlamaConfig,
+    PreTrainedConfig,
     Qwen3Config,
     T5Config,
 )
@@ -169,9 +171,21 @@ def _check_strange(folder: str, config: Any) -> None:
                 f"{folder}: its config.json asks for the kernels {asked!r}, which are code from elsewhere",
                 f"take _{kind}_implementation_internal out of it",
             )
-    for name, value in vars(config).items():
+    for name, value in chain.from_iterable(vars(part).items() for part in _parts(config)):
         if name.endswith(("layers", "n_layer")) and isinstance(value, int) and not 0 <= value <= MOST_LAYERS:
             raise ConfigurationError(f"{folder}: {name} is {value:,} in its config.json, {MOST_LAYERS:,} at most")
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        raise ConfigurationError(
+            f"{folder}: a model of type {config.model_type} is not one of text alone: its config.json has no vocab_size"
+        )
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """Yield a configuration and those in it, of a model that sees or hears too."""
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from _parts(value)
 
 
 def _said(error: Exception) -> str:

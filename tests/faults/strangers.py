@@ -50,6 +50,14 @@ LINES: dict[str, tuple[bytes, str]] = {
     "ten thousand turns": (conversation(*[USER, ANSWER] * 5000), ACCEPTED),
     "a system turn alone": (conversation({"role": "system", "content": "s"}), ACCEPTED),
     "ten thousand columns": (row(prompt="q", response="a", **{f"c{i}": i for i in range(10_000)}), ACCEPTED),
+    # What would fill or steer a terminal.
+    "columns of 15 megabytes": (row(**{"x" * 1000 + str(i): 0 for i in range(15_000)}), "none of the known columns"),
+    "a column that rings and clears": (row(**{"\x1b[2J\x07\x1b]0;owned\x07": "q"}), "among \\x1b[2J\\x07"),
+    "a column that turns around": (row(**{"\u202eabc": "q"}), "among \\u202eabc"),
+    "a column that is half a character": (b'{"\\ud83d": "q"}', "among \\ud83d"),
+    "a column with a line's end": (row(**{"a\nb\u2028c": "q"}), "among a\\nb\\u2028c"),
+    "a role of 15 megabytes": (conversation({"role": "x" * 15 * 2**20, "content": "q"}), "turn 1: role 'xxx"),
+    "a turn with a field that rings": (conversation({"role": "user", "\x07": "q"}), "not one with role, \\x07"),
     # What is no JSON.
     "lists in lists, 100 thousand deep": (b"[" * 100_000, "not JSON"),
     "lists in lists, closed": (b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "not JSON"),
@@ -215,6 +223,7 @@ def configurations() -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"attention {kernel}", {"_attn_implementation_internal": kernel}
         yield f"attention, by its public name, {kernel}", {"_attn_implementation": kernel}
         yield f"experts {kernel}", {"_experts_implementation_internal": kernel}
+        yield f"attention of a part {kernel}", {"text_config": {"_attn_implementation_internal": kernel}}
     yield "trust", {"trust_remote_code": True, "auto_map": {"AutoModelForCausalLM": "evil.Evil"}}
     for place in ("../evil.safetensors", "/etc/passwd", "evil.bin", "..//..//model.safetensors"):
         yield f"weights from {place}", {"transformers_weights": place}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import codecs
 import json
 import os
 import random
 import shutil
 import subprocess
+import unicodedata
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,7 +19,7 @@ import facts
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from micro import make_home
+from micro import Command, make_home, refused
 from safetensors.torch import load_file, save_file
 from strangers import (
     ACCEPTED,
@@ -32,6 +35,7 @@ from strangers import (
 )
 from tiers import some, trials
 from tiny_models import workload
+from transformers import AutoConfig
 from witness import Witnessed, watched
 
 from autotune.errands import Preprocess
@@ -78,7 +82,8 @@ def test_lines_that_are_no_rows_are_named_and_odd_ones_are_rows(tmp_path: Path, 
             else:
                 assert said.startswith(f"{file}: line {before + 1}"), (name, said)
                 assert expected in said, (name, said)
-                assert len(said) < 1000, name
+                assert len(said) < 1100, name
+                assert all(unicodedata.category(c)[0] != "C" for c in said), name
     tell(len(LINES))
 
 
@@ -266,11 +271,31 @@ def test_tables_that_are_none_of_ours_are_named(tmp_path: Path, tell: Any) -> No
     for name, content in {"empty": b"", "text": GOOD, "magic alone": b"PAR1PAR1", "another's": b"ORC" * 99}.items():
         file.write_bytes(content)
         assert watched(lambda: read(file), tmp_path).said.startswith(f"{file}: not a readable parquet file"), name
-    fresh = tmp_path / "encrypted.parquet"
-    pq.write_table(pa.table({"text": texts}), fresh)
-    fresh.write_bytes(b"PARE" + fresh.read_bytes()[4:-4] + b"PARE")
-    assert watched(lambda: read(fresh), tmp_path).said.startswith(f"{fresh}: not a readable parquet file")
-    tell(len(wrong) + 5)
+    for hidden in (False, True):
+        encrypted(file, pa.table({"text": texts}), footer=hidden)
+        assert file.read_bytes()[:4] == (b"PARE" if hidden else b"PAR1")
+        said = watched(lambda: read(file), tmp_path).said
+        assert said.startswith(f"{file}: not a readable parquet file"), said
+        assert "crypt" in said
+    tell(len(wrong) + 6)
+
+
+def encrypted(file: Path, table: pa.Table, *, footer: bool) -> None:
+    """Write a table of which the columns are encrypted, and the footer too."""
+    encryption = pytest.importorskip("pyarrow.parquet.encryption")
+
+    class Keys(encryption.KmsClient):  # type: ignore[misc, name-defined]
+        def wrap_key(self, key: bytes, _master: str) -> bytes:
+            return base64.b64encode(key)
+
+    made = encryption.CryptoFactory(lambda _: Keys()).file_encryption_properties(
+        encryption.KmsConnectionConfig(),
+        encryption.EncryptionConfiguration(
+            footer_key="footer", column_keys={"column": table.column_names}, plaintext_footer=not footer
+        ),
+    )
+    with pq.ParquetWriter(file, table.schema, encryption_properties=made) as writer:
+        writer.write_table(table)
 
 
 def whole_errand(home: Path, folder: Path, **changes: Any) -> Preprocess:
@@ -407,6 +432,48 @@ def test_a_configuration_that_asks_for_code_or_cannot_be_is_refused_or_not_heede
     tell(len(cases))
 
 
+def test_a_part_of_a_configuration_is_looked_into_and_its_kernels_are_not_heeded(
+    home: Path, tmp_path: Path, tell: Any
+) -> None:
+    """Of a model that sees too: its parts have configurations of their own."""
+    asked = {"_attn_implementation_internal": "stranger/kernel", "_attn_implementation": "stranger/kernel"}
+    cases = (
+        ("git", "vision_config", asked, "weights are missing"),
+        ("git", "vision_config", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000"),
+        ("gemma3", "text_config", asked, "a model of type gemma3 is not one of text alone"),
+    )
+    for kind, part, given, expected in cases:
+        model = stranger_of(home, tmp_path)
+        file = model / "config.json"
+        whole = json.loads(file.read_text()) if kind == "git" else {}
+        file.write_text(json.dumps(whole | {"model_type": kind, part: given}))
+        seen = watched(lambda model=model: open_model(model, home, tmp_path), tmp_path / "cache", model)  # type: ignore[misc]
+        held(seen, tmp_path, kind)
+        assert expected in seen.said, (kind, seen.said)
+        assert getattr(AutoConfig.from_pretrained(model), part)._attn_implementation is None
+    tell(len(cases))
+
+
+def test_a_tokenizer_s_configuration_that_asks_for_code_is_refused_or_not_heeded(
+    home: Path, tmp_path: Path, tell: Any
+) -> None:
+    cases = [
+        {"auto_map": {"AutoTokenizer": [module, module]}, "tokenizer_class": kind}
+        for module in ("evil.Evil", "tokenization_evil.Evil", "../evil.Evil", "stranger/repository--evil.Evil")
+        for kind in ("Evil", "LlamaTokenizer", "PreTrainedTokenizerFast")
+    ]
+    cases += [case | {"trust_remote_code": True} for case in cases] + [{"auto_map": "evil.Evil"}, {"auto_map": []}]
+    chosen = some(cases, 6)
+    for asked in chosen:
+        model = stranger_of(home, tmp_path)
+        file = model / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | asked))
+        seen = watched(lambda model=model: open_model(model, home, tmp_path), tmp_path / "cache", model)  # type: ignore[misc]
+        held(seen, tmp_path, str(asked))
+        assert seen.said == ACCEPTED or str(model) in seen.said, (asked, seen.said)
+    tell(len(chosen))
+
+
 def test_chat_templates_do_not_leave_their_sandbox(home: Path, tmp_path: Path, tell: Any) -> None:
     cases = some([*templates(tmp_path / "canary")], 12)
     for name, text in cases:
@@ -477,7 +544,8 @@ def test_names_and_links_that_leave_a_folder_reach_nothing(home: Path, tmp_path:
 def refused_unopened(model: Path, home: Path, tmp_path: Path, elsewhere: Path) -> None:
     seen = watched(lambda: open_model(model, home, tmp_path), tmp_path / "cache", model, elsewhere)
     held(seen, tmp_path, str(model))
-    assert f"leads out of its folder, to {elsewhere}" in seen.said, seen.said
+    assert f"leads out of this folder, to {elsewhere}" in seen.said, seen.said
+    assert seen.said.startswith(f"{model}: ")
 
 
 def test_an_index_that_is_none_or_names_pickles_is_refused(home: Path, tmp_path: Path, tell: Any) -> None:
@@ -517,6 +585,50 @@ def test_links_to_the_blobs_of_a_hub_s_cache_are_the_files_themselves(home: Path
         held(seen, tmp_path, str(model))
         assert seen.said == ACCEPTED, seen.said
     tell(3)
+
+
+def test_hostile_rows_are_tokenized_or_named(home: Path, tmp_path: Path, tell: Any) -> None:
+    """All that is read, tokenized too; what is not is refused by the same words."""
+
+    def judge() -> dict[str, str]:
+        said = {}
+        for name, (line, _) in chosen:
+            file.write_bytes(GOOD + b"\n" + line.removeprefix(codecs.BOM_UTF8) + b"\n")
+            try:
+                preprocess(whole_errand(home, tmp_path, data=(str(file),)), lambda *_: None)
+                said[name] = ACCEPTED
+            except UserError as error:
+                said[name] = error.message
+        return said
+
+    file, chosen = tmp_path / "rows.jsonl", some([*LINES.items()], 20)
+    seen = watched(judge, tmp_path)
+    assert (seen.code, seen.seen) == (0, [])
+    for name, said in seen.said.items():
+        expected = NOTHING_TO_TRAIN.get(name, LINES[name][1])
+        assert said == ACCEPTED if expected == ACCEPTED else f"{file}: line 2" in said and expected in said, (
+            name,
+            said,
+        )
+    tell(len(seen.said))
+
+
+NOTHING_TO_TRAIN = {"a system turn alone": "no assistant turn"}
+"""What is a row, and still no sample."""
+
+
+def test_the_command_shows_what_a_hostile_row_is_called_and_no_more(home: Path, tmp_path: Path, tell: Any) -> None:
+    names = ["a column that rings and clears", "columns of 15 megabytes", "a column that is half a character"]
+    chosen = names[: trials(1, 3)]
+    for name in chosen:
+        file = tmp_path / "rows.jsonl"
+        file.write_bytes(GOOD + b"\n" + LINES[name][0] + b"\n")
+        done = Command(tmp_path, home)("plan", "--data", file)
+        refused(done, 3, f"{file}: line 2: none of the known columns")
+        assert "\x1b" not in done.stderr
+        assert "\x07" not in done.stderr
+        assert len(done.stderr) < 3000
+    tell(len(chosen))
 
 
 def test_commands_that_are_printed_run_as_they_were_meant(
