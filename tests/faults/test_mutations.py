@@ -150,7 +150,7 @@ def test_a_seeded_bug_is_found(bug: str, tmp_path: Path, tell: Any) -> None:
     text = file.read_text(encoding="utf-8")
     assert text.count(mutation.words) == 1, "the words are no longer there"
     file.write_text(text.replace(mutation.words, mutation.others), encoding="utf-8")
-    done = tested(mutation.test, tmp_path)
+    done = outcome_of(mutation.test, tmp_path)
     assert done.returncode == 1, f"not found: {done.stdout[-2000:]}{done.stderr[-500:]}"
     assert " failed" in done.stdout, done.stdout[-2000:]
     tell(1)
@@ -161,7 +161,7 @@ def test_a_seeded_bug_is_found(bug: str, tmp_path: Path, tell: Any) -> None:
 def test_without_a_bug_none_is_found(test: str, tmp_path: Path, tell: Any) -> None:
     """In such a copy too: else whatever fails there would be taken for finding one."""
     copy_to(tmp_path)
-    done = tested(test, tmp_path)
+    done = outcome_of(test, tmp_path)
     assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-500:]}"
     assert " passed" in done.stdout
     tell(1)
@@ -176,7 +176,7 @@ def copy_to(folder: Path) -> None:
             shutil.copy(whole, folder / room)
 
 
-def tested(test: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def outcome_of(test: str, folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(folder), "CHATLM_FAULTS": "full" * test.startswith(WORKER)}
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", test],
