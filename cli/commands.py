@@ -91,11 +91,7 @@ def plan_command(
     if compare or varied:
         levers = [parse_lever(text) for text in varied]
         check_levers(levers, given, profile, config, gpu)
-        rows = _what_if(given, profile, config, levers, imagined, gpu, remembering)
-        if as_json:
-            print_json(json.dumps([row._asdict() for row in rows], default=lambda plan: json.loads(plan.to_json())))
-        else:
-            print_varied(rows, "Profiles side by side" if compare else "What each lever does", recommend=compare)
+        _print_what_if(_what_if(given, profile, config, levers, imagined, gpu, remembering), compare, as_json)
         return
     if imagined is not None:
         facts, plan = _estimate(resolved, imagined)
@@ -106,12 +102,7 @@ def plan_command(
         return
     sources = {"profile": profile, "config": config}
     typed = as_arguments({name: value for name, value in sources.items() if value} | given)
-    print_plan(
-        plan,
-        facts,
-        _profile_line(resolved, profile),
-        ["chatlm", "train", "--auto", *typed],
-    )
+    print_plan(plan, facts, _profile_line(resolved, profile), ["chatlm", "train", "--auto", *typed])
     if explain:
         print_trials(plan)
         print_account(plan.memory)
@@ -200,6 +191,13 @@ def _what_if(
     rows = vary(scenes, rates_of, trace_sizes)
     as_asked = "as asked" if levers else "auto"
     return [Varied(as_asked, plan, "") if plan and row.change == as_asked else row for row in rows]
+
+
+def _print_what_if(rows: list[Varied], compare: bool, as_json: bool) -> None:
+    if as_json:
+        print_json(json.dumps([row._asdict() for row in rows], default=lambda plan: json.loads(plan.to_json())))
+    else:
+        print_varied(rows, "Profiles side by side" if compare else "What each lever does", recommend=compare)
 
 
 def _profile_line(resolved: Resolved, profile: str | None) -> str | None:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from autotune.disk import sync
+from autotune.disk import remove, sync
 from autotune.errors import ConfigurationError, MachineError
 from autotune.plan import Fact
 from trainer.manifest import (
@@ -91,7 +91,7 @@ def save(checkpoints: Path, state: TrainState, progress: Progress, origin: Origi
             os.rename(partial, target)  # noqa: PTH104 # fails where there is one already
             sync(checkpoints)
     except (OSError, SafetensorError, RuntimeError, MemoryError) as error:
-        _remove(partial)
+        remove(partial)
         of_memory = is_memory_error(error)
         if isinstance(error, RuntimeError) and not of_memory:
             raise
@@ -209,7 +209,7 @@ def recover(checkpoints: Path) -> None:
         if not target.exists() and is_whole(folder, target.name):
             folder.rename(target)
         else:
-            _remove(folder)
+            remove(folder)
 
 
 def give_up_after(checkpoints: Path, step: int) -> list[Path]:
@@ -234,7 +234,7 @@ def _discard(folder: Path) -> None:
 def _hidden(folder: Path) -> Iterator[None]:
     """Put a folder, if there is one, out of sight, and remove it afterwards; where something fails it is back."""
     hidden = folder.with_name(f".{folder.name.lstrip('.')}.removed")
-    _remove(hidden)
+    remove(hidden)
     if folder.exists():
         folder.rename(hidden)
     try:
@@ -243,13 +243,7 @@ def _hidden(folder: Path) -> Iterator[None]:
         if hidden.exists():
             hidden.rename(folder)
         raise
-    _remove(hidden)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder with all in it, as far as the disk lets us; shutil still raises where one cannot be closed."""
-    with suppress(OSError):
-        shutil.rmtree(folder, ignore_errors=True)
+    remove(hidden)
 
 
 def _sync_above(folder: Path) -> None:

@@ -89,7 +89,7 @@ MUTATIONS = {
     ),
     "a save that fails is taken for one": Mutation(
         CHECKPOINT,
-        "        _remove(partial)\n        of_memory",
+        "        remove(partial)\n        of_memory",
         "        return target\n        of_memory",
         FAULTS + "test_saves.py::test_a_disk_that_refuses_any_call_of_a_save[ENOSPC-the one before]",
     ),
