@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -226,8 +226,10 @@ def train_command(
     if among is not None and among.rank > 0:
         _follow(resolved.settings)
         return
-    run = find_run(resolved.settings, resuming)
-    with hold(run.folder) as lock:
+    folder = find_run(resolved.settings, resuming).folder
+    with hold(folder) as lock:
+        # Looked at again now that it is ours: one that was just leaving may have left a run, or a checkpoint.
+        run = find_run(replace(resolved.settings, output_dir=str(folder)), resuming)
         if resuming and run.resume is None:
             say(f"{run.folder} has no checkpoint: beginning at the start")
         if plan_file:

@@ -16,6 +16,8 @@ from autotune.errors import MachineError, RunExistsError
 LOCK = ".lock"
 BEYOND = 2**20
 """Where Windows locks a byte, which nobody can read then: beyond what stands there."""
+MOST_GONE = 100
+"""Folders that go again under us: more is no other start, but a place where none can be."""
 
 
 @contextmanager
@@ -27,8 +29,7 @@ def hold(folder: Path) -> Iterator[int]:
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = _locked(folder / LOCK)
+        file = _locked(folder)
     except OSError as error:
         raise MachineError(
             f"{folder}: {error.strerror}", "give an --output-dir that can be written and locked"
@@ -54,14 +55,21 @@ def _sign(file: IO[str]) -> None:
         os.write(file.fileno(), holder.encode())
 
 
-def _locked(path: Path) -> IO[str]:
-    """Return the file, held; anew where its last holder removed it between our opening and our taking it."""
+def _locked(folder: Path) -> IO[str]:
+    """Return the file, held; anew where its last holder removed it, or the folder, between our steps."""
+    path, gone = folder / LOCK, 0
     while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8")
+        except FileNotFoundError:
+            if (gone := gone + 1) == MOST_GONE:
+                raise
+            continue
         if not _taken(file):
             with file:
                 raise RunExistsError(
-                    f"{path.parent} is in use by {file.read().strip() or 'another run'}",
+                    f"{folder} is in use by {file.read().strip() or 'another run'}",
                     "wait for it to end, or give another --output-dir",
                 )
         with suppress(FileNotFoundError):

@@ -64,3 +64,21 @@ def test_a_folder_that_was_made_for_nothing_goes_again_and_one_that_cannot_be_ma
     (tmp_path / "file").touch()
     with pytest.raises(MachineError, match=r"Not a directory|File exists"), hold(tmp_path / "file" / "run"):
         pass
+
+
+def test_a_folder_that_its_last_holder_removes_as_another_looks_for_it_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, opening = tmp_path / "runs" / "one", os.open
+    left = [folder, folder.parent]
+
+    def open_late(path: Path, *how: int) -> int:
+        while left:
+            left.pop(0).rmdir()
+        return opening(path, *how)
+
+    with monkeypatch.context() as inside:
+        inside.setattr("cli.lock.os.open", open_late)
+        with hold(folder):
+            assert (folder / LOCK).exists()
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 
 from autotune.errands import Resume
 from autotune.errors import ConfigurationError, MachineError, RunExistsError
+from cli import commands
+from cli.lock import hold
 from cli.runs import Resuming, RunPlace, check_disk, find_run, write_run
 from profiles import resolve
 
@@ -51,6 +55,23 @@ def test_a_folder_with_a_run_is_refused_unless_it_is_to_go_on(tmp_path: Path) ->
     assert going_on.plan_file is None
     (tmp_path / "plan.json").touch()
     assert going_on.plan_file == tmp_path / "plan.json"
+
+
+def test_a_run_that_was_left_as_its_folder_was_taken_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def late(folder: Path) -> Iterator[int]:
+        (tmp_path / "metrics.jsonl").write_text("{}")
+        with hold(folder) as lock:
+            yield lock
+
+    monkeypatch.setattr(commands, "hold", late)
+    with pytest.raises(RunExistsError, match="already holds a run"):
+        commands.train_command(
+            {"output_dir": str(tmp_path)}, None, None, auto=False, plan_file=None, show_config=False,
+            remembering=commands.Remembering(cache=False, offline=True), resuming=Resuming(False, None, False),
+        )  # fmt: skip
 
 
 def test_what_is_named_is_gone_on_from_in_its_own_folder_and_weights_alone_in_another(tmp_path: Path) -> None:

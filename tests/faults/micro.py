@@ -64,17 +64,13 @@ class Command:
         )  # fmt: skip
         try:
             end = time.monotonic() + 120
-            file = run / "metrics.jsonl"
-            while not (file.exists() and file.read_text().count('"train"') >= steps):
+            while steps_told(run) < steps:
                 assert process.poll() is None, process.communicate()
                 assert time.monotonic() < end, "waited in vain"
                 time.sleep(0.002)
             yield process
         finally:
-            if process.poll() is None:
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    child.kill()
-                process.kill()
+            kill_all(process)
             process.communicate()
 
 
@@ -96,6 +92,21 @@ def write_dialogues(file: Path, times: int) -> None:
 
     rows = [json.dumps({"prompt": q, "response": a}, ensure_ascii=False) for q, a in QUESTIONS.items()]
     file.write_text("\n".join(rows * times) + "\n", encoding="utf-8")
+
+
+def kill_all(process: subprocess.Popen[Any]) -> None:
+    """Signal 9 to a command and all that it started, if it still runs."""
+    if process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+    process.wait()
+
+
+def steps_told(run: Path) -> int:
+    """So far; the last line of a run that was killed may be half of one."""
+    file = run / "metrics.jsonl"
+    return file.read_text().count('"kind": "train"') if file.exists() else 0
 
 
 def losses(run: Path) -> list[tuple[int, str]]:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import metrics
 from injected import Shortage, not_a_number, run_struck, run_while
+from micro import steps_told
 from small_runs import Rows, evaluations, going_on, losses, of_kind, run, small_errand, stopping_at, weights
 from test_checkpoint import FILES, ORIGIN, flipped, new_state, saved, tensors
 from test_ranks import after_steps, alive, launched, rank_processes, run_together
@@ -217,12 +218,6 @@ def test_killed_whole_again_and_again(ranks: int, tmp_path: Path, monkeypatch: A
         runs += 1
     assert in_saves > trials(0, 10)
     tell(kills)
-
-
-def steps_told(folder: Path) -> int:
-    """So far; the last line of a run that was killed may be half of one."""
-    file = folder / "metrics.jsonl"
-    return file.read_text().count('"kind": "train"') if file.exists() else 0
 
 
 def told_losses(folder: Path) -> list[tuple[int, str, str]]:
