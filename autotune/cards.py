@@ -185,10 +185,10 @@ def _name_error(error: Exception) -> str:
 
 
 def _ask(nvml: Any, question: Callable[..., Any], *about: Any) -> Any:
-    """Return NVML's answer; None for any error of its, and where the driver is too old for the question."""
+    """Return NVML's answer; None for any error, for words that are none, and of a driver too old for the question."""
     try:
         return question(*about)
-    except (nvml.NVMLError, nvml.NVMLLibraryMismatchError):
+    except (nvml.NVMLError, nvml.NVMLLibraryMismatchError, UnicodeDecodeError):
         return None
 
 
