@@ -92,6 +92,22 @@ def test_plans_side_by_side_fit_80_columns_and_name_the_fastest(capsys: pytest.C
     assert any("as asked, 3000.0 times as fast as max-seq-len 1024" in line for line in lines)
 
 
+def test_a_batch_of_rows_that_share_samples_is_no_product(capsys: pytest.CaptureFixture[str]) -> None:
+    made = facts.plan()
+    packed = made.model_copy(
+        update={
+            "workload": made.workload.model_copy(update={"layout": "packed"}),
+            "batching": made.batching.model_copy(
+                update={"micro_batch_size": 19, "expected_micro_batches_per_step": 1.62, "effective_batch_size": 32}
+            ),
+        }
+    )
+    print_varied([Varied("as asked", packed, "")], "Levers", recommend=False)
+    out = capsys.readouterr().out
+    assert "32 in 1.6 of <= 19 x 2" in out
+    assert "=" not in out.replace("<=", "")
+
+
 @pytest.mark.parametrize("kind", ["measured", "cached", "estimated"])
 def test_a_plan_says_what_it_rests_on_and_marks_what_was_not_measured(
     kind: str, capsys: pytest.CaptureFixture[str]

@@ -43,12 +43,10 @@ def _is_measured(row: Varied) -> bool:
 
 
 def _varied_cells(plan: Plan) -> list[str]:
-    memory, batching, cast = plan.memory, plan.batching, plan.forecast
+    memory, cast = plan.memory, plan.forecast
     peak = memory.measured_peak_bytes or memory.predicted_peak_bytes or 0
     return [
-        f"{batching.micro_batch_size} x {batching.gradient_accumulation_steps}"
-        + f" x {batching.world_size}" * (batching.world_size > 1)
-        + f" = {batching.effective_batch_size}",
+        _batch(plan),
         f"{peak / GIB:.2f}",
         f"{peak / memory.budget_bytes:.0%}",
         f"{memory.host_peak_bytes / GIB:.2f}",
@@ -56,3 +54,13 @@ def _varied_cells(plan: Plan) -> list[str]:
         short_duration(cast.seconds_per_epoch) if cast else "-",
         short_duration(cast.total_seconds) if cast else "-",
     ]
+
+
+def _batch(plan: Plan) -> str:
+    """Say how the effective batch is reached: by a product where it is one, else by how many of so many rows."""
+    batching = plan.batching
+    rows, ranks = batching.micro_batch_size, f" x {batching.world_size}" * (batching.world_size > 1)
+    reached = rows * batching.gradient_accumulation_steps * batching.world_size
+    if plan.workload.layout == "fixed" and reached == batching.effective_batch_size:
+        return f"{rows} x {batching.gradient_accumulation_steps}{ranks} = {reached}"
+    return f"{batching.effective_batch_size} in {batching.expected_micro_batches_per_step:.1f} of <= {rows}{ranks}"
