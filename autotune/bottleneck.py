@@ -87,17 +87,18 @@ def bottleneck(spent: Spent, plan: Plan) -> Bottleneck | None:
     if speed is not None:
         starting = speed.alpha_seconds * spent.micro_batches / spent.seconds
         updating = speed.update_seconds * spent.steps / spent.seconds
-        found += [
-            Bottleneck(
-                starting,
-                "of the time went into starting micro-batches",
-                "larger ones need memory: close other programs, or shorten rows"
-                if plan.batching.limited_by == "memory"
-                else "a larger --effective-batch-size makes them larger",
-            ),
-            Bottleneck(
-                updating, "of the time went into the optimizer", "a larger --effective-batch-size takes fewer steps"
-            ),
-        ]
+        if starting + updating <= 1:  # else what was measured for the plan is not what this run met
+            found += [
+                Bottleneck(
+                    starting,
+                    "of the time went into starting micro-batches",
+                    "larger ones need memory: close other programs, or shorten rows"
+                    if plan.batching.limited_by == "memory"
+                    else "a larger --effective-batch-size makes them larger",
+                ),
+                Bottleneck(
+                    updating, "of the time went into the optimizer", "a larger --effective-batch-size takes fewer steps"
+                ),
+            ]
     most = max(found)
     return most if most.share >= WORTH_SAYING else None

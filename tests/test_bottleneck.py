@@ -55,6 +55,13 @@ def test_the_greatest_share_is_named_with_what_to_do(changes: Any, speed: Any, w
     assert found.share == pytest.approx(share, abs=0.02)
 
 
+def test_nothing_took_more_than_all_of_the_time() -> None:
+    assert bottleneck(spent(micro_batches=150), plan()) is None
+    found = bottleneck(spent(micro_batches=150, tokens=50), plan())
+    assert found is not None
+    assert "padding" in found.what
+
+
 def test_a_short_run_is_not_said_to_slow_down() -> None:
     assert bottleneck(spent(steps=2 * WINDOW, later=3.0), plan()) is None
 
