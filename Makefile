@@ -20,10 +20,11 @@ help:
 unexport PYTHONDONTWRITEBYTECODE
 
 # torch comes first and by its tested version: an open range would take the newest, with gigabytes of CUDA packages.
+# Nothing is compiled by pip, which would be all 11,000 files: Python compiles the third that is imported.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt torch
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[demo,dev]'
 	touch $@
 
 demo: .venv/ready
@@ -45,13 +46,12 @@ slow: .venv/ready
 	$(BIN)/pytest -m slow
 
 faults: .venv/ready
-	$(BIN)/pytest tests/faults -rP
+	$(BIN)/pytest tests/faults -rP --numprocesses=2
 
 # An hour on two cores.
 faults-full: .venv/ready
-	CHATLM_FAULTS=full $(BIN)/pytest tests/faults -rP
+	CHATLM_FAULTS=full $(BIN)/pytest tests/faults -rP --numprocesses=2
 
-# Not compiled by pip, all 11,000 files: Python compiles the third that is imported.
 smoke: .venv/ready
 	rm -rf dist .venv-smoke
 	$(BIN)/python -m build --wheel --no-isolation
@@ -63,8 +63,8 @@ smoke: .venv/ready
 # The peers live apart: lightning, trl and datasets are no dependencies of ours.
 .venv-peers/ready: constraints.txt
 	$(PYTHON) -m venv .venv-peers
-	$(PEERS)/pip install --quiet -c constraints.txt torch
-	$(PEERS)/pip install --quiet -c constraints.txt lightning accelerate transformers trl
+	$(PEERS)/pip install --quiet --no-compile -c constraints.txt torch
+	$(PEERS)/pip install --quiet --no-compile -c constraints.txt lightning accelerate transformers trl
 	touch $@
 
 bench: .venv/ready .venv-peers/ready

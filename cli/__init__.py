@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -37,6 +38,17 @@ NoCache = Annotated[bool, typer.Option("--no-cache", help="Plan anew, whatever w
 Offline = Annotated[
     bool, typer.Option("--offline", help="Trust what was measured here before, without a dry step to check it.")
 ]
+Output = Annotated[str, typer.Option("--output", help="Parquet file to write.", metavar="FILE")]
+ValidationOutput = Annotated[
+    str | None,
+    typer.Option("--validation-output", help="Write rows for validation too; no content is in both.", metavar="FILE"),
+]
+ValidationRatio = Annotated[
+    float,
+    typer.Option("--validation-ratio", min=1.0, max=1e6, help="Rows of training to one of validation.", metavar="N"),
+]
+Report = Annotated[str | None, typer.Option("--report", help="Write what is told as JSON.", metavar="FILE")]
+AsJson = Annotated[bool, typer.Option("--json", help="Tell it as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -173,6 +185,86 @@ def data(
     from cli.commands import data_command
 
     data_command(files or [], given, profile, config, as_json=as_json, show=show, show_config=show_config)
+
+
+@chatlm.command()
+@guarded
+def sample(
+    inputs: Annotated[
+        list[str],
+        typer.Option("--input", help="Parquet or jsonl file, or folder of such; may be repeated.", metavar="FILE|DIR"),
+    ],
+    output: Output,
+    num_samples: Annotated[int | None, typer.Option("--num-samples", min=1, help="Rows to draw.", metavar="N")] = None,
+    fraction: Annotated[
+        float | None, typer.Option("--fraction", min=0.0, max=1.0, help="Share of the rows instead.", metavar="SHARE")
+    ] = None,
+    smart: Annotated[
+        bool,
+        typer.Option("--smart", help="Drop what is worth nothing first, then keep lengths and topics in their shares."),
+    ] = False,
+    validation_output: ValidationOutput = None,
+    validation_ratio: ValidationRatio = 10.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63, help="Another draws others.")] = 42,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Tell lengths in its tokens too.", metavar="DIR")
+    ] = None,
+    report: Report = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Draw rows of data files, at random or of the best, and say what went and why."""
+    from autotune.errors import ConfigurationError
+    from cli.files import sample_command
+    from trainer.sampling import Wanted
+
+    if (num_samples is None) == (fraction is None):
+        raise ConfigurationError("how many rows are to be drawn?", "give --num-samples N or --fraction SHARE")
+    validation = 1 / validation_ratio if validation_output is not None else 0.0
+    wanted = Wanted(num_samples, 1.0 if fraction is None else fraction, validation, smart, seed)
+    sample_command(inputs, output, wanted, validation_output, tokenizer, report, as_json=as_json)
+
+
+@chatlm.command()
+@guarded
+def prepare(
+    inputs: Annotated[
+        list[str],
+        typer.Option(
+            "--input", help="json, jsonl, csv or parquet, or folder of such; may be repeated.", metavar="FILE|DIR"
+        ),
+    ],
+    output: Output,
+    kind: Annotated[
+        str | None,
+        typer.Option("--as", help="pairs, conversations or text; else what the first row is.", metavar="KIND"),
+    ] = None,
+    validation_output: ValidationOutput = None,
+    validation_ratio: ValidationRatio = 10.0,
+    test_output: Annotated[
+        str | None, typer.Option("--test-output", help="The same for a test at the end.", metavar="FILE")
+    ] = None,
+    test_ratio: Annotated[
+        float, typer.Option("--test-ratio", min=1.0, max=1e6, help="Rows of training to one of the test.", metavar="N")
+    ] = 100.0,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Read the first N rows.", metavar="N")] = None,
+    report: Report = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Make clean parquet of data files as they are found, and say what was cleaned and what rejected."""
+    from cli.files import prepare_command
+    from trainer.preparing import Side
+
+    # A ratio is to the rows of training: of what is left after those before it.
+    parts = [(test_output, 1 / test_ratio), (validation_output, 1 / validation_ratio)]
+    whole = 1.0 + sum(part for name, part in parts if name is not None)
+    sides, below = [], 0.0
+    for name, part in parts:
+        if name is not None:
+            below += part / whole
+            sides.append(Side(Path(name), below))
+    prepare_command(inputs, [*sides, Side(Path(output), 1.0)], kind, limit, report, as_json=as_json)
 
 
 @chatlm.command()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# Two processes test at a time, on two cores perhaps: threads that wait for each other would take many times as long.
+# Three processes test at a time, on two cores perhaps: threads that wait for each other would take many times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
 # How long an example takes says nothing here: machines that test are shared.
 settings.register_profile("chatlm", deadline=None)

@@ -9,7 +9,7 @@ import codecs
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -54,7 +54,7 @@ class Record:
 Row = dict[str, Any]
 
 
-def find_files(paths: Sequence[str]) -> list[Path]:
+def find_files(paths: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """Return the data files among files and folders, a folder's in the order of their names.
 
     Raises DataError for a path that is not there, a folder without data, a kind of file that is not read.
@@ -62,16 +62,16 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+            inside = sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
             if not inside:
-                raise DataError(f"{path}: no {' or '.join(SUFFIXES)} file in this folder")
+                raise DataError(f"{path}: no {' or '.join(suffixes)} file in this folder")
             files += inside
         elif not path.exists():
             raise DataError(f"{path}: no such file", _similar_names(path))
-        elif path.suffix not in SUFFIXES:
+        elif path.suffix not in suffixes:
             raise DataError(
                 f"{path}: files of type {path.suffix or 'without an ending'!r} are not read",
-                "give parquet or jsonl, one object a line",
+                "give parquet or jsonl, one object a line; chatlm prepare makes parquet of json and csv",
             )
         else:
             files.append(path)
@@ -141,6 +141,25 @@ def parse(block: Block) -> Iterator[Record]:
         yield _shape_of(row, place)(row, place)
 
 
+def columns(block: Block) -> dict[str, list[Any]]:
+    """Return the rows of a block of lines by what is trained on: the values of each column.
+
+    Raises DataError with the place of a row that is not what its columns promise, or has others than the first.
+    """
+    made: dict[str, list[Any]] = {}
+    for place, row in _jsonl_rows(block):
+        _shape_of(row, place)(row, place)
+        names = shape_columns(row.keys() | ({"input"} if "instruction" in row else set()), place)
+        if made and made.keys() != {*names}:
+            raise DataError(
+                f"{place}: a row of {' + '.join(names)} among those of {' + '.join(made)}",
+                "give files of one kind",
+            )
+        for name in names:
+            made.setdefault(name, []).append(row.get(name) or "" if name == "input" else row[name])
+    return made
+
+
 def held_out(record: Record, share: float) -> bool:
     """Say whether a record is among the share that is not trained on: by its content alone, wherever it stands."""
     parts = [record.text] if record.text is not None else [part for t in record.turns for part in (t.role, t.content)]
@@ -153,20 +172,32 @@ def _blocks_of(file: Path) -> Iterator[Block]:
 
 
 def _parquet_blocks(file: Path) -> Iterator[Block]:
-    """Read row groups piece by piece, so that memory does not grow with the file; rows are counted from 1."""
+    number = 1
+    for batch in parquet_batches(file, BLOCK_ROWS):
+        yield from _pieces(file, number, batch)
+        number += batch.num_rows
+
+
+def parquet_batches(file: Path, most_rows: int, *, every_column: bool = False) -> Iterator[Any]:
+    """Read row groups piece by piece, so that memory does not grow with the file: batches of Arrow.
+
+    Without `every_column` those that are trained on, of which there must be some. Raises DataError for a file that
+    cannot be read.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
         with pq.ParquetFile(file, buffer_size=BLOCK_BYTES) as parquet:
-            wanted = [name for name in parquet.schema_arrow.names if name in COLUMNS]
-            if not wanted and parquet.schema_arrow.names:
-                _shape_of(dict.fromkeys(parquet.schema_arrow.names), str(file))
-            rows = _rows_at_once(parquet.metadata)
-            batches = parquet.iter_batches(batch_size=rows, columns=wanted, use_threads=False)
+            rows = _rows_at_once(parquet.metadata, most_rows)
+            names = parquet.schema_arrow.names
+            columns = names if every_column else [name for name in names if name in COLUMNS]
+            if not columns and names:
+                _shape_of(dict.fromkeys(names), str(file))
+            batches = parquet.iter_batches(batch_size=rows, columns=columns, use_threads=False)
             while (batch := _bounded(lambda: next(batches, None))) is not None:
-                yield from _pieces(file, number + 1, batch)
+                yield batch
                 number += batch.num_rows
     except MemoryError:
         raise _too_large(file, number) from None
@@ -174,11 +205,39 @@ def _parquet_blocks(file: Path) -> Iterator[Block]:
         raise _unreadable(file, number, error) from None
 
 
-def _rows_at_once(metadata: Any) -> int:
+def count_rows(file: Path) -> int:
+    """Return how many rows a file has: of parquet by what it says of itself, of jsonl lines that are not blank."""
+    if file.suffix != ".parquet":
+        return sum(not _blank(line) for line in _lines(file))
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return int(pq.read_metadata(file).num_rows)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _unreadable(file, 0, error) from None
+
+
+def rows_of_parquet(file: Path) -> Iterator[tuple[str, Row]]:
+    """Read rows with their places, every column of them."""
+    number = 1
+    for batch in parquet_batches(file, BLOCK_ROWS, every_column=True):
+        yield from _parquet_rows(Block(file, number, batch.num_rows, batch))
+        number += batch.num_rows
+
+
+def lines_of(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Read lines that are not blank with their numbers; raises DataError for one too long to be a row."""
+    for number, line in enumerate(_lines(file), 1):
+        if not _blank(line):
+            yield number, line
+
+
+def _rows_at_once(metadata: Any, most_rows: int) -> int:
     """Return how many rows are decoded at a time: fewer where they are long."""
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     longest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
-    return max(1, min(BLOCK_ROWS, BATCH_BYTES // max(1, longest)))
+    return max(1, min(most_rows, BATCH_BYTES // max(1, longest)))
 
 
 def _pieces(file: Path, first: int, batch: Any) -> Iterator[Block]:
@@ -288,12 +347,22 @@ def _lines(file: Path) -> Iterator[bytes]:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
 
 
+def shape_columns(names: Collection[str], place: str) -> tuple[str, ...]:
+    """Return those of some columns that are trained on; raises DataError where they are of no shape that is known."""
+    shape = _shape_of(dict.fromkeys(names), place)
+    (columns,) = (columns for columns, read in SHAPES if read is shape)
+    return (*columns, *(["input"] if "instruction" in columns and "input" in names else []))
+
+
 def _shape_of(row: Row, place: str) -> Callable[[Row, str], Record]:
     for columns, read in SHAPES:
         if all(name in row for name in columns):
             return read
     known = "; ".join(" + ".join(columns) for columns, _ in SHAPES)
-    raise DataError(f"{place}: none of the known columns among {', '.join(row) or 'none'}", f"known are {known}")
+    raise DataError(
+        f"{place}: none of the known columns among {', '.join(row) or 'none'}",
+        f"known are {known}; chatlm prepare knows more",
+    )
 
 
 def _conversation(row: Row, place: str) -> Record:

@@ -10,6 +10,14 @@ def gib(size: int | None) -> str:
     return "-" if size is None else f"{size / GIB:.2f} GiB"
 
 
+def size(held: int) -> str:
+    """Render bytes in the largest unit of which there is one."""
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if held >= unit:
+            return f"{held / unit:.1f} {name}"
+    return f"{held} B"
+
+
 def number(value: float | None, how: str) -> str:
     """Render a number that need not be one: a loss may overflow."""
     return "not finite" if value is None else format(value, how)
