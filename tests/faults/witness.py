@@ -64,6 +64,8 @@ def watched(
         child = os.fork()
     if child == 0:
         code = 1
+        sys.dont_write_bytecode = True  # of libraries, beside them; and its children neither
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
         try:
             sys.addaudithook(lambda event, given: _judge(event, given, events, inside.resolve(), stranger))
             code = _report(work, report)
