@@ -27,6 +27,9 @@ chatlm = typer.Typer(
     rich_markup_mode="rich",
 )
 
+tokenizer_commands = typer.Typer(help="Train a tokenizer, or look at one.", no_args_is_help=True)
+chatlm.add_typer(tokenizer_commands, name="tokenizer")
+
 Profile = Annotated[
     str | None, typer.Option("--profile", help="Profile, or a TOML file of one's own.", metavar="NAME|FILE")
 ]
@@ -265,6 +268,43 @@ def prepare(
             below += part / whole
             sides.append(Side(Path(name), below))
     prepare_command(inputs, [*sides, Side(Path(output), 1.0)], kind, limit, report, as_json=as_json)
+
+
+@tokenizer_commands.command("train")
+@guarded
+def train_tokenizer(
+    inputs: Annotated[
+        list[str],
+        typer.Option("--data", help="Parquet or jsonl file, or folder of such; may be repeated.", metavar="FILE|DIR"),
+    ],
+    output: Annotated[str, typer.Option("--output", help="Folder to make.", metavar="DIR")],
+    vocab_size: Annotated[int, typer.Option("--vocab-size", min=300, max=1_000_000, help="Entries, at most.")] = 6400,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63, help="Another draws other rows.")] = 42,
+    report: Report = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train byte-level BPE on rows drawn from files, and say how it cuts others."""
+    from cli.files import train_tokenizer_command
+
+    train_tokenizer_command(inputs, output, vocab_size, seed, report, as_json=as_json)
+
+
+@tokenizer_commands.command("inspect")
+@guarded
+def inspect_tokenizer(
+    folder: Annotated[str, typer.Argument(help="Folder of a tokenizer.", metavar="DIR")],
+    inputs: Annotated[
+        list[str] | None, typer.Option("--data", help="Files to cut with it; may be repeated.", metavar="FILE|DIR")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63, help="Another draws other rows.")] = 42,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a tokenizer has and lacks, and how it cuts texts."""
+    from cli.files import inspect_tokenizer_command
+
+    inspect_tokenizer_command(folder, inputs or [], seed, as_json=as_json)
 
 
 @chatlm.command()

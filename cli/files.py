@@ -12,10 +12,11 @@ from typing import Any
 from autotune.disk import write_whole
 from autotune.errors import ConfigurationError, MachineError
 from cli.render.console import print_json, say, warn
-from cli.render.files import print_prepared, print_sampled
+from cli.render.files import print_inspected, print_prepared, print_sampled
 from trainer.parquet import Tokens, check_apart
 from trainer.preparing import COLUMNS_OF, Side, prepare
 from trainer.sampling import Wanted, sample
+from trainer.vocabulary import inspect, some_texts, train
 
 SAID_EVERY = 2**20
 """Rows."""
@@ -61,6 +62,29 @@ def prepare_command(
             warn(f"{name} has no row: too few contents to divide")
     if not _gave(asdict(made), report, as_json=as_json):
         print_prepared(made)
+
+
+def train_tokenizer_command(
+    inputs: list[str], output: str, entries: int, seed: int, report: str | None, *, as_json: bool
+) -> None:
+    """Train a tokenizer on rows that are drawn from files, and say what it makes of others."""
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigurationError(f"{folder} is there already", "give --output a new folder")
+    with _writing():
+        learned, made = train(inputs, entries, folder, seed, _teller())
+    say(f"{made.entries:,} entries learned from {learned:,} characters: {folder}")
+    if not _gave(asdict(made) | {"learned_characters": learned}, report, as_json=as_json):
+        print_inspected(made)
+
+
+def inspect_tokenizer_command(folder: str, inputs: list[str], seed: int, *, as_json: bool) -> None:
+    """Say what a tokenizer has and lacks, and how it cuts the texts of some files."""
+    made = inspect(Path(folder), some_texts(inputs, seed) if inputs else [])
+    if not _gave(asdict(made), None, as_json=as_json):
+        print_inspected(made)
+    for defect in made.defects:
+        warn(f"{folder}: {defect}")
 
 
 def _check_written(names: list[str | None], report: str | None, inputs: list[str]) -> None:

@@ -53,7 +53,12 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
 
 
 def train_tokenizer(records: Iterable[Record], vocabulary_size: int, folder: Path) -> None:
-    """Train byte-level BPE of at most `vocabulary_size` tokens, and save it to a folder."""
+    """Train byte-level BPE of at most `vocabulary_size` tokens on the first of some records; save it to a folder."""
+    learn(_texts(records), vocabulary_size, folder)
+
+
+def learn(texts: Iterable[str], vocabulary_size: int, folder: Path) -> None:
+    """Train byte-level BPE of at most `vocabulary_size` tokens on texts, and save it to a folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -67,7 +72,7 @@ def train_tokenizer(records: Iterable[Record], vocabulary_size: int, folder: Pat
         min_frequency=2,
         show_progress=False,
     )
-    backend.train_from_iterator(_texts(records), trainer)
+    backend.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         pad_token=PAD,

@@ -12,6 +12,7 @@ from cli.render.console import out
 from cli.render.units import count, size
 from trainer.preparing import Prepared
 from trainer.sampling import Sampled
+from trainer.vocabulary import Inspected
 
 WHY = {
     "empty": "a part that says nothing",
@@ -46,6 +47,20 @@ def print_prepared(made: Prepared) -> None:
     if made.rejects is not None:
         out.print(f"Rejected rows and why: {escape(made.rejects)}")
     _print_sides([(name, side, int(side["bytes"])) for name, side in made.sides.items()])
+
+
+def print_inspected(made: Inspected) -> None:
+    """Say what a tokenizer has, and how it cuts texts."""
+    special = ", ".join(f"{name} {content!r}" for name, content in made.special.items())
+    out.print(f"{made.entries:,} entries; {escape(special or 'no special tokens')}")
+    if made.fertility is None:
+        return
+    cut = ", ".join(f"{language} {share:.3f}" for language, share in made.fertility.tokens_per_character.items())
+    out.print(f"Tokens a character, of {count(made.fertility.rows, 'row')}: {cut}")
+    out.print(
+        f"Unknown: {made.fertility.unknown_share:.2%} of tokens; "
+        f"the same again when joined: {made.fertility.whole_share:.1%} of texts"
+    )
 
 
 def _print_sides(sides: Sequence[tuple[str, Mapping[str, float], int]]) -> None:

@@ -79,6 +79,32 @@ def test_a_mistake_is_one_sentence(
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-def test_files_are_made_without_torch() -> None:
-    program = "import sys, cli.files; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+def test_a_tokenizer_is_trained_and_looked_at(rows: Path, tmp_path: Path, chatlm: CommandRunner) -> None:
+    asked = ("tokenizer", "train", "--data", rows, "--vocab-size", 350, "--output", "made")
+    done = chatlm(*asked, "--report", "report.json")
+    assert done.returncode == 0, done.stderr
+    assert "350 entries; bos '<s>', eos '</s>', pad '<pad>'" in done.stdout
+    assert "Unknown: 0.00% of tokens; the same again when joined: 100.0% of texts" in done.stdout
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert told["learned_characters"] > 1000
+    done = chatlm("tokenizer", "inspect", "made", "--data", rows, "--json")
+    assert json.loads(done.stdout)["defects"] == []
+    done = chatlm(*asked)
+    assert (done.returncode, "made is there already" in done.stderr) == (2, True)
+    config = tmp_path / "made" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token": None}))
+    done = chatlm("tokenizer", "inspect", "made")
+    assert (done.returncode, "warning: made: no end token" in done.stderr) == (0, True)
+
+
+def test_files_are_made_without_torch(rows: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from cli import chatlm\n"
+        f"given = ['--input', {str(rows)!r}, '--output']\n"
+        "chatlm(['sample', *given, 'a.parquet', '--num-samples', '9', '--smart'], standalone_mode=False)\n"
+        "chatlm(['prepare', *given, 'b.parquet'], standalone_mode=False)\n"
+        "chatlm(['tokenizer', 'train', '--data', 'b.parquet', '--output', 'c'], standalone_mode=False)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
