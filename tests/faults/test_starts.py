@@ -127,7 +127,7 @@ def started_together(command: Command, number: int, *more: object) -> Iterator[s
             while len(left) > 1:
                 for process in [process for process in left if process.poll() is not None]:
                     words = left.pop(process).read_text()
-                    refused(subprocess.CompletedProcess([], process.returncode, None, words), 5, "is in use by process")
+                    refused(subprocess.CompletedProcess([], process.returncode, None, words), 5, "is in use by ")
                 time.sleep(0.01)
             (process,) = left
             yield process
