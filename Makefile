@@ -64,7 +64,7 @@ smoke: .venv/ready
 .venv-peers/ready: constraints.txt
 	$(PYTHON) -m venv .venv-peers
 	$(PEERS)/pip install --quiet --no-compile -c constraints.txt torch
-	$(PEERS)/pip install --quiet --no-compile -c constraints.txt lightning accelerate transformers trl
+	$(PEERS)/pip install --quiet --no-compile -c constraints.txt lightning accelerate transformers trl duckdb
 	touch $@
 
 bench: .venv/ready .venv-peers/ready
@@ -73,6 +73,7 @@ bench: .venv/ready .venv-peers/ready
 	$(BIN)/python benchmarks/train.py
 	$(if $(CHATLM_REAL_DATA),$(BIN)/python benchmarks/epochs.py)
 	$(if $(CHATLM_REAL_DATA),$(BIN)/python benchmarks/data.py)
+	$(BIN)/python benchmarks/sample.py
 
 clean:
 	rm -rf .venv .venv-peers .venv-smoke build dist
