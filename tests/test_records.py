@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -346,3 +347,14 @@ def test_rows_from_any_on_are_those_of_the_whole_with_their_places(
     step, word = (2, "line") if ending == ".jsonl" else (1, "row")
     numbers = range(3000)[skip:limit]
     assert [(r.text, r.place) for r in rows] == [(str(i), f"{file}: {word} {step * (i + 1)}") for i in numbers]
+
+
+def test_what_is_held_does_not_grow_with_a_parquet_file(tmp_path: Path) -> None:
+    letters = np.random.default_rng(0).integers(97, 123, (20_000, 100), np.uint8)
+    text = pa.table({"text": [row.tobytes().decode() for row in letters]})
+    held = []
+    for groups in (2, 20):
+        pq.write_table(pa.concat_tables([text] * groups), tmp_path / "a.parquet", row_group_size=20_000)
+        before = pa.total_allocated_bytes()
+        held.append(max(pa.total_allocated_bytes() - before for _ in read_blocks([tmp_path / "a.parquet"])))
+    assert held[1] < held[0] + text.nbytes

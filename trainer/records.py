@@ -189,7 +189,8 @@ def parquet_batches(file: Path, most_rows: int, *, every_column: bool = False) -
 
     number = 0
     try:
-        with pq.ParquetFile(file, buffer_size=BLOCK_BYTES) as parquet:
+        # Not read ahead: what is read of one group of rows would be held until the last one was.
+        with pq.ParquetFile(file, buffer_size=BLOCK_BYTES, pre_buffer=False) as parquet:
             rows = _rows_at_once(parquet.metadata, most_rows)
             names = parquet.schema_arrow.names
             columns = names if every_column else [name for name in names if name in COLUMNS]
