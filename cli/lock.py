@@ -62,7 +62,7 @@ def _locked(folder: Path) -> IO[str]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8")
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):  # the latter: there as it was made, gone as it was looked at
             if (gone := gone + 1) == MOST_GONE:
                 raise
             continue
