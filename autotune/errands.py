@@ -211,6 +211,20 @@ class DryReport(Fact):
     """Operations a second of dense matrix products, at the workload's precision and in fp32."""
 
 
+class SavedModel(Fact):
+    """A model that lies on the disk: a folder that transformers loads, or a checkpoint with the shape of its run."""
+
+    place: str
+    """As it was named."""
+    model: str
+    """A folder, or a preset."""
+    vocabulary_size: int | None
+    """Of a preset."""
+    checkpoint: str | None
+    """Where the weights are, if not in that folder: a checkpoint, or a run, of which the newest is taken."""
+    tokenizer: str | None
+
+
 class Recipe(Fact):
     """What a run needs besides a plan: nothing here changes memory."""
 
@@ -293,5 +307,133 @@ class Follow(Fact):
     heartbeat_seconds: Annotated[float, Field(gt=0)]
 
 
-Errand = Annotated[Preprocess | Trace | Dry | Train | Follow, Field(discriminator="errand")]
+class Import(Fact):
+    """Make a folder that transformers loads of weights as another program left them."""
+
+    errand: Literal["import"] = "import"
+    source: str
+    """A file, or a folder with a configuration."""
+    output: str
+    tokenizer: str | None
+    heads: PositiveInt | None
+    """Of attention, where the weights do not tell."""
+
+
+class Imported(Fact):
+    """The answer to `Import`."""
+
+    what: str
+    """Whose weights they were."""
+    family: str
+    parameters: int
+    dtype: str
+    assumed: str
+    """What neither the weights nor the command said; empty where nothing."""
+    tokenizer: str | None
+    """Where it was taken from; None where there was none."""
+
+
+Format = Literal["transformers", "minimind", "minimind-2025-04", "chatlm-mini"]
+
+
+class Export(Fact):
+    """Write a model for another program."""
+
+    errand: Literal["export"] = "export"
+    saved: SavedModel
+    output: str
+    precision: Precision | None
+    """None: half precision, fp16 but for T5, whose activations it does not hold."""
+    format: Format
+
+
+class Exported(Fact):
+    """The answer to `Export`."""
+
+    precision: Precision
+    bytes: int
+    needs: dict[str, int | float]
+    """What the other program has to be told, by its own names."""
+
+
+class Evaluate(Fact):
+    """Say what a model is worth on a token store."""
+
+    errand: Literal["evaluate"] = "evaluate"
+    saved: SavedModel
+    workload: Workload
+    device: Device
+    store: str
+    tokenizer_dir: str
+    ids: TokenIds
+    answers: Annotated[int, Field(ge=0)]
+    """Rows that are answered, for BLEU and chrF."""
+    room_bytes: int
+    """That generating them may take."""
+
+
+class Evaluated(Fact):
+    """The answer to `Evaluate`: means over all target tokens, and scores of the rows that were answered."""
+
+    loss: float
+    perplexity: float | None
+    """None where it is no number of the machine's."""
+    accuracy: float
+    samples: int
+    target_tokens: int
+    answered: int
+    """Rows; 0 of documents, which have no answers."""
+    bleu: float | None
+    bleu_signature: str | None
+    chrf: float | None
+    chrf_signature: str | None
+    seconds: float
+
+
+class Choosing(Fact):
+    """How the next token is chosen."""
+
+    max_new_tokens: PositiveInt
+    temperature: Annotated[float, Field(ge=0)]
+    """0 takes the likeliest."""
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_k: Annotated[int, Field(ge=0)]
+    """0 leaves all."""
+    repetition_penalty: Annotated[float, Field(gt=0)]
+    seed: int
+
+
+class Chat(Fact):
+    """Answer the conversations that come on the following lines of stdin, each a `Conversation`, until they end."""
+
+    errand: Literal["chat"] = "chat"
+    saved: SavedModel
+    device: Device
+    stage: Stage
+    longest_prompt: PositiveInt | None
+    """Tokens; None where the model's positions alone decide."""
+    choosing: Choosing
+
+
+class Conversation(Fact):
+    """What was said so far: roles and words, a question last."""
+
+    turns: tuple[tuple[str, str], ...]
+
+
+class Answered(Fact):
+    """The answer to one `Conversation`, whose words went before it as they came."""
+
+    text: str
+    tokens: int
+    seconds: float
+    dropped: int
+    """Of the oldest turns, for which there was no room."""
+    ended: bool
+    """Whether the model ended it; else its length did, or the user."""
+
+
+Errand = Annotated[
+    Preprocess | Trace | Dry | Train | Follow | Import | Export | Evaluate | Chat, Field(discriminator="errand")
+]
 ERRAND: TypeAdapter[Errand] = TypeAdapter(Errand)

@@ -24,7 +24,7 @@ import psutil
 
 from autotune.errands import Errand
 from autotune.errors import KINDS
-from autotune.plan import CpuAllocator
+from autotune.plan import CpuAllocator, Fact
 
 Event = dict[str, Any]
 
@@ -127,13 +127,20 @@ class Worker:
     def __enter__(self) -> Worker:
         return self
 
-    def give(self, errand: Errand) -> None:
-        """Hand over what it was started for."""
+    def give(self, errand: Errand, *, more: bool = False) -> None:
+        """Hand over what it was started for; `more` lines may follow."""
         self._began = time.monotonic()
+        self.write(errand)
+        if not more:
+            with contextlib.suppress(BrokenPipeError):
+                self._pipe(self._process.stdin).close()
+
+    def write(self, line: Fact) -> None:
+        """Hand over one line of what it waits for."""
         stdin = self._pipe(self._process.stdin)
-        with contextlib.suppress(BrokenPipeError):  # it died at once; the exit code tells
-            stdin.write(errand.model_dump_json(by_alias=True).encode())
-            stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it died; the exit code tells
+            stdin.write(line.model_dump_json(by_alias=True).encode() + b"\n")
+            stdin.flush()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -137,7 +137,7 @@ def data_command(
         print_config(resolved)
         return
     settings = resolved.settings
-    facts = _look_at_data(settings, _read_hardware(settings).cores, demo=True, show=show)
+    facts = look_at_data(settings, _read_hardware(settings).cores, demo=True, show=show)
     data = facts.data
     assert data is not None
     padding = padding_by_layout(settings, facts)
@@ -375,13 +375,14 @@ def _look_at_hardware(settings: Settings) -> Hardware:
 
 def _preprocess(settings: Settings, cores: int, *, demo: bool) -> Preprocessed:
     """Learn what the model and the data are, and tell at once what people should know of them."""
-    facts = _look_at_data(settings, cores, demo=demo)
+    facts = look_at_data(settings, cores, demo=demo)
     for note in model_notes(settings, facts):
         warn(note)
     return facts
 
 
-def _look_at_data(settings: Settings, cores: int, *, demo: bool, show: int = 0) -> Preprocessed:
+def look_at_data(settings: Settings, cores: int, *, demo: bool, show: int = 0) -> Preprocessed:
+    """Have data tokenized, or found tokenized, and tell at once what people should know of it."""
     answer: Any = None
     # No limit: gigabytes take hours, and are told of. One that waits for another that tokenizes the same looks, and
     # so uses the processor.

@@ -511,6 +511,23 @@ def test_too_long_a_prompt_leaves_room_for_an_answer(task: Any, stage: Any, kept
     assert len(typed) == (8 if task == "seq2seq" else 6)
 
 
+@pytest.mark.parametrize("task", ["causal", "seq2seq"])
+def test_a_question_with_what_was_said_before_is_what_comes_before_its_answer_in_training(task: Any) -> None:
+    encoder = Encoder(word_tokenizer(), task, "sft", 64, 64)
+    record = chat(("s", "a"), ("q", "1"), ("a", "2"), ("q", "3"), ("a", "4"), ("q", "5 6"), ("a", "7"))
+    (sample,) = encoder.encode([record])
+    assert encoder.question(record.turns[:-1], 64) == (sample.tokens[: sample.spans[-1][0]], 0)
+
+
+def test_of_a_long_conversation_whole_oldest_exchanges_are_left_out_of_the_question() -> None:
+    encoder = Encoder(word_tokenizer(), "causal", "sft", 64, 64)
+    turns = chat(("s", "a"), ("q", "1"), ("a", "2"), ("q", "3"), ("a", "4"), ("q", "5 6")).turns
+    whole, _ = encoder.question(turns, 64)
+    shorter, dropped = encoder.question(turns, len(whole) - 1)
+    assert dropped == 2
+    assert shorter == encoder.question((turns[0], *turns[3:]), 64)[0]
+
+
 def test_a_prompt_of_nothing_is_still_one() -> None:
     encoder = Encoder(word_tokenizer(begin=None), "causal", "pretrain", 8, 8)
     assert words(encoder.prompt("")) == "</s>"

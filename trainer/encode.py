@@ -14,6 +14,7 @@ from functools import cache
 from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any
 
+from autotune.errands import TokenIds
 from autotune.errors import ConfigurationError, DataError
 from autotune.plan import Stage, Task
 from trainer.records import Record, Turn
@@ -74,6 +75,11 @@ def end_ids(tokenizer: PreTrainedTokenizerFast, task: Task, stage: Stage) -> int
     return end if last == end or added is None or not added.special else (end, last)
 
 
+def ids_of(tokenizer: PreTrainedTokenizerFast, task: Task, stage: Stage) -> TokenIds:
+    """Return the ids of special tokens as a model's configurations hold them."""
+    return TokenIds(pad=tokenizer.pad_token_id, eos=end_ids(tokenizer, task, stage), bos=tokenizer.bos_token_id)
+
+
 @dataclass
 class Encoder:
     """Turns records into samples under one set of rules, and counts what the rules cut."""
@@ -119,15 +125,34 @@ class Encoder:
 
         Too long a source loses its end, any other prompt its left: a quarter of the limit is for the answer.
         """
+        room = self.max_seq_len if self.task == "seq2seq" else self.max_seq_len - self.max_seq_len // 4
+        return self.question((Turn("user", text),), room)[0]
+
+    def question(self, turns: Sequence[Turn], room: int) -> tuple[list[int], int]:
+        """Encode turns, a question last, as what comes before its answer in training; say how many turns are left out.
+
+        Those are whole oldest exchanges, where all do not go into so many tokens. What even then is too long is cut:
+        a source's end, of any other its left.
+        """
+        kept, ids = turns, self._question(turns)
+        for kept in (turns, *_without_oldest(turns)):
+            ids = self._question(kept)
+            if len(ids) <= room:
+                break
+        end = self.tokenizer.eos_token_id
+        if len(ids) > room:
+            ids = [*ids[: room - 1], end] if self.task == "seq2seq" else ids[-room:]
+        return ids or [end], len(turns) - len(kept)
+
+    def _question(self, turns: Sequence[Turn]) -> list[int]:
         end, begin = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
-        if self.task == "seq2seq":
-            return [*self._tokenize([text])[0].ids[: self.max_seq_len - 1], end]
-        if self.stage == "pretrain":
-            ids = [*([begin] if begin is not None and begin != end else []), *self._tokenize([text])[0].ids]
-        else:
-            turns = (Turn("user", text),)
-            ids = self._tokenize([self._template(Record(f"the prompt {text!r}", turns), turns, prompt=True)])[0].ids
-        return ids[-(self.max_seq_len - self.max_seq_len // 4) :] or [end]
+        if self.task == "causal" and self.stage == "sft":
+            text = self._template(Record(f"the prompt {turns[-1].content!r}", tuple(turns)), turns, prompt=True)
+            return list(self._tokenize([text])[0].ids)
+        ids = self._tokenize(["\n".join(turn.content for turn in turns)])[0].ids
+        return (
+            [*ids, end] if self.task == "seq2seq" else [*([begin] if begin is not None and begin != end else []), *ids]
+        )
 
     def _tokenize(self, texts: Sequence[str], *, places: bool = False) -> list[Any]:
         """Return tokenizers' encodings, without added special tokens; places in the text only where they are needed."""

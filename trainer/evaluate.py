@@ -188,7 +188,7 @@ class Evaluator:
         pairs = [(a, q.reference or []) for a, q in zip(answers, self._scored, strict=True) if a is not None]
         if not pairs:
             return {}
-        texts = [[_text(tokenizer, tokens) for tokens in side] for side in zip(*pairs, strict=True)]
+        texts = [[text_of(tokenizer, tokens) for tokens in side] for side in zip(*pairs, strict=True)]
         score, signature = bleu(*texts)
         return {"bleu": score, "bleu_signature": signature, "bleu_rows": len(pairs)}
 
@@ -197,9 +197,9 @@ class Evaluator:
             yield {
                 "kind": "sample",
                 "step": step,
-                "prompt": q.typed if q.typed is not None else _text(tokenizer, q.prompt),
-                "answer": None if answer is None else _text(tokenizer, answer),
-                "reference": None if q.reference is None else _text(tokenizer, q.reference),
+                "prompt": q.typed if q.typed is not None else text_of(tokenizer, q.prompt),
+                "answer": None if answer is None else text_of(tokenizer, answer),
+                "reference": None if q.reference is None else text_of(tokenizer, q.reference),
             }
 
     def _answer(self, model: Any, questions: Sequence[Question], most: int) -> list[list[int] | None]:
@@ -225,5 +225,6 @@ def special_tokens(model: Any, errand: Train) -> SpecialTokens:
     return SpecialTokens(errand.ids.pad, errand.ids.pad if start_id is None else int(start_id))
 
 
-def _text(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
+def text_of(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
+    """Return tokens as people read them."""
     return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()

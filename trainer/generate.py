@@ -113,7 +113,7 @@ class Generator:
                 attention_mask=mask.to(model.device),
                 max_new_tokens=new,
                 return_dict_in_generate=True,
-                stopping_criteria=StoppingCriteriaList([_Asked(stop)]),
+                stopping_criteria=StoppingCriteriaList([Asked(stop)]),
             )
         start = 1 if self._seq2seq else tokens.shape[1]
         return made.sequences[:, start:].tolist(), getattr(made, "past_key_values", None)
@@ -146,13 +146,14 @@ class Generator:
         )
 
 
-class _Asked(StoppingCriteria):
+class Asked(StoppingCriteria):
     """Ends all rows at the next token, once a stop is asked for."""
 
     def __init__(self, stop: Callable[[], bool]) -> None:
         self._stop = stop
 
     def __call__(self, ids: Any, _scores: Any, **_: Any) -> Any:
+        """Say of each row whether it is at its end."""
         return torch.full((len(ids),), self._stop(), device=ids.device)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -85,12 +86,15 @@ PRESETS: dict[str, Callable[[], Any]] = {
 }
 """Shapes by name: ChatLM-mini-Chinese's T5, MiniMind of 2025 (Llama) and of 2026 (Qwen3), and two for a processor."""
 
-CONVERT = (
-    'where you trust it, convert it: python -c "from transformers import AutoModelForCausalLM as M; '
-    "M.from_pretrained('DIR').save_pretrained('NEW')\", then give NEW with its tokenizer"
-)
-"""What makes safetensors of pickled weights: save_pretrained."""
+
+def convert_hint(model: str) -> str:
+    """Say how to make of pickled weights what is read."""
+    return f"chatlm import {shlex.quote(model)} --output NEW reads them without running any; then give NEW as --model"
+
+
 MOST_LAYERS = 10_000
+ONE_FILE = "1000GB"
+TRAINED = "what was trained is in the last checkpoint"
 
 DROPOUTS = (
     "attention_dropout",
@@ -137,7 +141,7 @@ def _checkpoint_config(folder: str) -> Any:
 
     path = Path(folder)
     if path.is_file():
-        raise ConfigurationError(f"{folder} is a file: pickled weights can run code and are not read", CONVERT)
+        raise ConfigurationError(f"{folder} is a file, and a model is a folder", convert_hint(folder))
     if not (path / "config.json").exists():
         near = get_close_matches(folder, PRESETS, n=1)
         raise ConfigurationError(
@@ -146,8 +150,14 @@ def _checkpoint_config(folder: str) -> Any:
         )
     if not any(path.glob("*.safetensors")):
         raise ConfigurationError(
-            f"{folder}: no safetensors weights; pickled ones (.bin, .pth) can run code and are not read", CONVERT
+            f"{folder}: no safetensors weights; pickled ones (.bin, .pth) can run code and are not read",
+            convert_hint(folder),
         )
+    return read_config(folder)
+
+
+def read_config(folder: str) -> Any:
+    """Read a folder's config.json; raises ConfigurationError for what transformers does not know, or asks for more."""
     check_links(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -289,7 +299,7 @@ def build_for(workload: Workload, ids: TokenIds | None, device: torch.device, *,
             config, dtype=torch.float32, attn_implementation=workload.attention
         )
     else:
-        built = _load_weights(auto, workload, config)
+        built = load_weights(auto, workload.model, config, workload.attention)
     if ids is not None:
         built.generation_config.update(
             pad_token_id=ids.pad,
@@ -316,14 +326,14 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def _load_weights(auto: Any, workload: Workload, config: Any) -> Any:
+def load_weights(auto: Any, folder: str, config: Any, attention: str) -> Any:
     """Load a checkpoint whole; raises ConfigurationError for weights that are damaged, missing or of another shape."""
     try:
         built, report = auto.from_pretrained(
-            workload.model,
+            folder,
             config=config,
             dtype=torch.float32,
-            attn_implementation=workload.attention,
+            attn_implementation=attention,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
@@ -332,11 +342,11 @@ def _load_weights(auto: Any, workload: Workload, config: Any) -> Any:
     except Exception as error:
         if is_memory_error(error):
             raise
-        raise ConfigurationError(f"{workload.model}: its weights do not load: {_said(error)}") from None
+        raise ConfigurationError(f"{folder}: its weights do not load: {_said(error)}") from None
     missing = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
     if missing:
         raise ConfigurationError(
-            f"{workload.model}: {len(missing)} weights are missing or of another shape, first {missing[0]}",
+            f"{folder}: {len(missing)} weights are missing or of another shape, first {missing[0]}",
             "they would be random: save the whole model with save_pretrained",
         )
     return built
@@ -347,17 +357,18 @@ def _listed(ids: int | tuple[int, ...]) -> int | list[int]:
     return list(ids) if isinstance(ids, tuple) else ids
 
 
-def save_model(model: Any, tokenizer_dir: Path, folder: Path) -> None:
+def save_model(model: Any, tokenizer_dir: Path | None, folder: Path, left: str = TRAINED) -> None:
     """Write weights (safetensors), configurations and tokenizer; an older folder is replaced when all is on the disk.
 
-    Raises MachineError where the disk is full or fails: an older folder is then there still.
+    Raises MachineError where the disk is full or fails: an older folder is then there still, and what is `left` besides
+    the hint says.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         remove(partial)
         partial.mkdir(parents=True)
-        model.save_pretrained(partial)
-        for file in tokenizer_dir.iterdir():
+        model.save_pretrained(partial, max_shard_size=ONE_FILE)
+        for file in tokenizer_dir.iterdir() if tokenizer_dir is not None else ():
             (partial / file.name).write_bytes(file.read_bytes())
         for file in (*partial.iterdir(), partial):
             sync(file)
@@ -365,6 +376,4 @@ def save_model(model: Any, tokenizer_dir: Path, folder: Path) -> None:
     except (OSError, SafetensorError) as error:
         remove(partial)
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise MachineError(
-            f"{folder} could not be saved: {said}", "free some of the disk; what was trained is in the last checkpoint"
-        ) from None
+        raise MachineError(f"{folder} could not be saved: {said}", f"free some of the disk; {left}") from None

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from filelock import FileLock, Timeout
 
-from autotune.errands import DataSummary, ModelSummary, Preprocess, Preprocessed, ShownToken, TokenIds
+from autotune.errands import DataSummary, ModelSummary, Preprocess, Preprocessed, ShownToken
 from autotune.errors import ConfigurationError, MachineError, UserError
 from autotune.plan import Stage
 from trainer.data import StoreFacts, StoreWriter, TokenStore, contents_of
-from trainer.encode import Encoder, end_ids
+from trainer.encode import Encoder, ids_of
 from trainer.fingerprints import keep_stamps, stamps
 from trainer.model import PRESETS, summarise
 from trainer.records import Block, Record, demo_files, demo_records, find_files, held_out, parse, read_blocks
@@ -84,7 +84,7 @@ def _with_data(errand: Preprocess, source: Source, report: Report) -> Preprocess
         model=model,
         tokenizer_dir=str(_save_as_used(tokenizer, errand)),
         tokenizer_fingerprint=fingerprint(tokenizer),
-        ids=TokenIds(pad=tokenizer.pad_token_id, eos=end_ids(tokenizer, model.task, stage), bos=tokenizer.bos_token_id),
+        ids=ids_of(tokenizer, model.task, stage),
         data=data,
         validation=validation,
         shown=tuple(_shown(TokenStore(Path(data.store)), tokenizer, errand.show)),

@@ -30,12 +30,30 @@ if __name__ == "__main__":  # before what takes seconds to import
 
 import torch
 
-from autotune.errands import ERRAND, LOST_A_PEER, Dry, Errand, Follow, Preprocess, Trace, Train
+from autotune.errands import (
+    ERRAND,
+    LOST_A_PEER,
+    Chat,
+    Conversation,
+    Dry,
+    Errand,
+    Evaluate,
+    Export,
+    Exported,
+    Follow,
+    Import,
+    Imported,
+    Preprocess,
+    Trace,
+    Train,
+)
 from autotune.errors import ConfigurationError, DataError, MachineError, UserError, disk_error
 from autotune.plan import Device, Workload
 from trainer.attention import attention_of_processors
 from trainer.board import Board
+from trainer.chat import Chatter
 from trainer.compiled import is_compile_error
+from trainer.conversion import export_model, import_model
 from trainer.dropout import fast_masks, mkl_draws
 from trainer.dry import take_dry_steps
 from trainer.fingerprints import Hashing
@@ -44,6 +62,7 @@ from trainer.memory import first_line, is_memory_error, tighten_heap
 from trainer.model import make_deterministic
 from trainer.ranks import ALONE, PeerLostError, Ranks, join
 from trainer.rows import RowFile
+from trainer.scoring import score
 from trainer.trace import trace
 
 OUT_OF_MEMORY_EXIT, CRASHED = 9, 1
@@ -86,7 +105,7 @@ def main() -> NoReturn:
         Log(2, "w", closefd=False), encoding="utf-8", errors="backslashreplace", write_through=True
     )
     file = os.environ.get(ERRAND_FILE)
-    errand = ERRAND.validate_json(Path(file).read_bytes() if file else sys.stdin.buffer.read())
+    errand = ERRAND.validate_json(Path(file).read_bytes() if file else sys.stdin.buffer.readline())
     _tie_to_parent(errand)
     try:
         _do(errand, events)
@@ -122,6 +141,9 @@ def _do(errand: Errand, events: Events) -> None:
         answer = preprocess(errand, lambda doing, rows: events.send("progress", doing=doing, rows=rows))
         events.send("result", result=answer.model_dump(mode="json"))
         return
+    if isinstance(errand, Import | Export):
+        _convert(errand, events)
+        return
     if isinstance(errand, Trace):
         for report in trace(errand):
             events.send("result", result=report.model_dump(mode="json"))
@@ -131,7 +153,12 @@ def _do(errand: Errand, events: Events) -> None:
         if _device(errand) == "cpu":
             faster.enter_context(attention_of_processors())
             faster.enter_context(nullcontext() if mkl_draws() else fast_masks())
-        if isinstance(errand, Dry):
+        if isinstance(errand, Chat):
+            _chat(errand, events)
+        elif isinstance(errand, Evaluate):
+            scored = score(errand, lambda doing: events.send("note", message=doing))
+            events.send("result", result=scored.model_dump(mode="json"))
+        elif isinstance(errand, Dry):
             with _ranks_of(errand, events) as ranks:
                 measured = take_dry_steps(errand, ranks)
                 if ranks.leads:
@@ -140,6 +167,25 @@ def _do(errand: Errand, events: Events) -> None:
             stopped = _Stop()
             with _ranks_of(errand, events) as ranks:
                 _train_together(errand, events, stopped, ranks)
+
+
+def _convert(errand: Import | Export, events: Events) -> None:
+    if isinstance(errand, Import):
+        made: Imported | Exported = import_model(errand, lambda doing: events.send("note", message=doing))
+    else:
+        made = export_model(errand)
+    events.send("result", result=made.model_dump(mode="json"))
+
+
+def _chat(errand: Chat, events: Events) -> None:
+    """Answer one conversation after the other; a signal ends the answer that is being given."""
+    stopped, chatter = _Stop(), Chatter(errand)
+    events.send("ready")
+    for line in sys.stdin.buffer:
+        stopped.forget()
+        asked = Conversation.model_validate_json(line)
+        answered = chatter.answer(asked, lambda words: events.send("words", text=words), stopped)
+        events.send("result", result=answered.model_dump(mode="json"))
 
 
 @contextmanager
@@ -233,6 +279,10 @@ class _Stop:
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
         self._asked = True
 
+    def forget(self) -> None:
+        """Take it as not asked for."""
+        self._asked = False
+
     def __call__(self) -> bool:
         return self._asked
 
@@ -241,17 +291,17 @@ def _workload(errand: Dry | Train) -> Workload:
     return errand.workload if isinstance(errand, Dry) else errand.plan.workload
 
 
-def _device(errand: Dry | Train | Follow) -> Device:
+def _device(errand: Dry | Train | Follow | Evaluate | Chat) -> Device:
     return errand.plan.hardware.device if isinstance(errand, Train) else errand.device
 
 
-def _prepare_device(errand: Dry | Train | Follow) -> None:
+def _prepare_device(errand: Dry | Train | Follow | Evaluate | Chat) -> None:
     if _device(errand) == "cuda" and not torch.cuda.is_available():
         raise MachineError(
             f"this plan is for a GPU, and torch {torch.__version__} finds none that it can use",
             "install a torch build with CUDA, or hide the GPU with CUDA_VISIBLE_DEVICES= to train on the processor",
         )
-    if not isinstance(errand, Follow) and _workload(errand).deterministic == "on":
+    if isinstance(errand, Dry | Train) and _workload(errand).deterministic == "on":
         make_deterministic()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from conftest import CommandRunner, chatlm_path, metrics
+from safetensors.torch import load_file
 from test_command_line import DIALOGUES, write_rows
 from transformers import AutoModelForCausalLM
 
@@ -100,6 +103,105 @@ def test_a_trained_model_is_a_checkpoint_to_train_from(auto_run: Path, tmp_path:
     before, after = auto_run / "run" / "model", tmp_path / "second" / "model"
     assert (before / "model.safetensors").read_bytes() != (after / "model.safetensors").read_bytes()
     assert (before / "tokenizer.json").read_bytes() == (after / "tokenizer.json").read_bytes()
+
+
+def test_what_a_run_said_of_its_validation_data_evaluate_says_of_its_model(
+    auto_run: Path, chatlm: CommandRunner
+) -> None:
+    """The same losses, of the model and of a checkpoint before it, and the same scores of the same answers."""
+    run, data = auto_run / "run", auto_run / "dialogues.jsonl"
+    places = (run, run / "checkpoints" / "step-00000004")
+    done = chatlm("evaluate", *places, "--data", data, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    said = metrics(run, "validation")
+    for place, row in zip(places, (said[1], said[0]), strict=True):
+        ours = told[str(place)]
+        assert ours["loss"] == pytest.approx(row["loss"], rel=1e-5)
+        assert ours["accuracy"] == pytest.approx(row["accuracy"], rel=1e-9)
+        assert (ours["answered"], ours["bleu_signature"]) == (row["bleu_rows"], row["bleu_signature"])
+        assert ours["bleu"] == pytest.approx(row["bleu"])
+        assert 0 <= ours["chrf"] <= 100
+
+
+def test_what_was_trained_answers_as_it_did_in_training(auto_run: Path, chatlm: CommandRunner) -> None:
+    """Of the run and of its last checkpoint; a prompt is answered by itself, and side by side for people."""
+    run = auto_run / "run"
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    (then,) = [row["answer"] for row in samples if row["prompt"] == "你好" and row["step"] == 8]
+    last = run / "checkpoints" / "step-00000008"
+    asked = ("chat", run, "--compare", last, "--prompt", "你好", "--prompt", "你好", "--max-new-tokens", 12)
+    done = chatlm(*asked, "--json")
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout)
+    texts = {answer["text"].strip() for row in (first, second) for answer in row["answers"].values()}
+    assert len(texts) == 1
+    assert then.startswith(texts.pop())
+    done = chatlm(*asked)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tokens/s") == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="a terminal of one's own is POSIX's")
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(
+    auto_run: Path, tmp_path: Path, chatlm_environment: dict[str, str]
+) -> None:
+    outer, inner = os.openpty()
+    command = [chatlm_path(), "chat", auto_run / "run", "--max-new-tokens", 8000, "--temperature", 9]
+    with subprocess.Popen(
+        [*map(str, command)], stdin=inner, stdout=inner, stderr=inner, cwd=tmp_path, env=chatlm_environment
+    ) as talking:
+        os.close(inner)
+
+        def seen_after(mark: str) -> str:
+            seen = ""
+            while mark not in seen:
+                seen += os.read(outer, 4096).decode(errors="replace")
+            return seen
+
+        seen_after("you> ")
+        os.write(outer, "你好\n".encode())
+        seen_after("你好\r\n")
+        os.read(outer, 100)
+        talking.send_signal(signal.SIGINT)
+        assert "not ended by the model" in seen_after("you> ")
+        os.write(outer, b"/clear\n")
+        assert "what was said is forgotten" in seen_after("you> ")
+        os.write(outer, b"/exit\n")
+        assert talking.wait(60) == 0
+    os.close(outer)
+
+
+def test_a_run_goes_out_in_half_precision_and_comes_back(auto_run: Path, tmp_path: Path, chatlm: CommandRunner) -> None:
+    """As MiniMind's own file, which is imported again; what is no model is a sentence."""
+    done = chatlm("export", auto_run / "run", "--output", "full_sft_128.pth", "--format", "minimind")
+    assert done.returncode == 0, done.stderr
+    assert "hidden_size=128, num_hidden_layers=4, num_attention_heads=4" in done.stdout
+    done = chatlm("train", "--model", "full_sft_128.pth", "--data", auto_run / "dialogues.jsonl")
+    assert done.returncode == 2
+    assert "hint: chatlm import full_sft_128.pth --output NEW" in done.stderr
+    done = chatlm(
+        "import", "full_sft_128.pth", "--output", "new", "--heads", 4, "--tokenizer", auto_run / "run" / "model"
+    )
+    assert done.returncode == 0, done.stderr
+    assert_loads(tmp_path / "new")
+    before = load_file(auto_run / "run" / "model" / "model.safetensors")
+    after = load_file(tmp_path / "new" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name].half()) for name in before)
+    for command, code, words in (
+        (("import", "full_sft_128.pth", "--output", "new"), 5, "new is there already"),
+        (("import", "none.pth", "--output", "x"), 2, "none.pth: no such file or folder"),
+        (("export", tmp_path, "--output", "y"), 2, "is neither a model (no config.json) nor a run"),
+        (("export", "new", "--output", "y", "--format", "onnx"), 2, "--format onnx is none of transformers, "),
+        (("chat", "nowhere", "--prompt", "a"), 2, "nowhere: no such folder"),
+        (("chat", "new", "--prompt", "a", "--top-k", 3), 2, "at temperature 0 none are"),
+        (("chat", "new", "--prompt", "a", "--device", "tpu"), 2, "--device tpu is none of auto, cpu, cuda"),
+        (("chat", "new", "--prompt", "a", "--max-new-tokens", 40000), 2, "the model has 32768 positions in all"),
+    ):
+        done = chatlm(*command)
+        assert (done.returncode, words in done.stderr) == (code, True), done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_a_run_that_no_longer_gets_better_ends_early_with_its_best_model(

@@ -6,7 +6,9 @@ import json
 import os
 import pickle
 import random
+import shutil
 import string
+import subprocess
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -202,6 +204,29 @@ def pickles(canary: Path) -> Iterator[tuple[str, bytes]]:
     for name in names:
         for content in (*made[:4], archive.getvalue(), tar.getvalue()):
             yield name, content
+
+
+def pickled_weights(canary: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield pickles that would run something, or take all memory, as torch saves weights: whole, or among them."""
+    import torch
+
+    payloads = [
+        Payload(os.system, f"touch {canary}"),
+        Payload(eval, f"open({str(canary)!r}, 'w')"),
+        Payload(exec, f"open({str(canary)!r}, 'w')"),
+        Payload(open, str(canary), "w"),
+        Payload(subprocess.check_call, ["touch", str(canary)]),
+        Payload(Path.touch, canary),
+        Payload(shutil.copy, __file__, str(canary)),
+        Payload(getattr, canary, "touch"),
+        Payload(bytearray, 2**36),
+    ]
+    for i, payload in enumerate(payloads):
+        for weights in (payload, {"model.norm.weight": torch.ones(2), "model.embed_tokens.weight": payload}):
+            for new in (True, False):
+                content = BytesIO()
+                torch.save(weights, content, _use_new_zipfile_serialization=new)
+                yield f"{i}-{type(weights).__name__}-{new}.pth", content.getvalue()
 
 
 def configurations() -> Iterator[tuple[str, dict[str, Any]]]:

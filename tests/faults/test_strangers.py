@@ -30,6 +30,7 @@ from strangers import (
     damaged,
     file_names,
     generated_lines,
+    pickled_weights,
     pickles,
     templates,
 )
@@ -38,11 +39,12 @@ from tiny_models import workload
 from transformers import AutoConfig
 from witness import Witnessed, watched
 
-from autotune.errands import Preprocess
+from autotune.errands import Import, Preprocess
 from autotune.errors import ConfigurationError, DataError, UserError
 from cli.options import as_arguments
 from cli.render.console import err, show_command
 from cli.render.plan import print_plan
+from trainer.conversion import import_model
 from trainer.model import build_for, summarise
 from trainer.preprocess import preprocess
 from trainer.records import DECODING_BYTES, LONGEST_LINE, LONGEST_ROW, find_files, parse, read_blocks
@@ -414,7 +416,7 @@ def test_pickles_offered_as_weights_are_refused_with_the_way_to_convert(home: Pa
             held(seen, tmp_path, name)
             assert str(model) in seen.said, seen.said
             if name != "model.safetensors" or offered != model:
-                assert "save_pretrained" in seen.said, (name, seen.said)
+                assert "chatlm import" in seen.said, (name, seen.said)
     tell(len(cases))
 
 
@@ -546,6 +548,32 @@ def refused_unopened(model: Path, home: Path, tmp_path: Path, elsewhere: Path) -
     held(seen, tmp_path, str(model))
     assert f"leads out of this folder, to {elsewhere}" in seen.said, seen.said
     assert seen.said.startswith(f"{model}: ")
+
+
+def bring(file: Path, folder: Path) -> str:
+    """Import weights; return what is said where they are refused."""
+    try:
+        import_model(Import(source=str(file), output=str(folder), tokenizer=None, heads=None), lambda _: None)
+    except UserError as error:
+        return f"{error.message}; hint: {error.hint}"
+    return ACCEPTED
+
+
+def test_weights_that_are_programs_are_refused_and_run_nothing(tmp_path: Path, tell: Any) -> None:
+    for folder in ("in", "out"):
+        (tmp_path / folder).mkdir()
+    cases = [*pickles(tmp_path / "canary"), *pickled_weights(tmp_path / "canary")]
+    chosen = some(cases, 20)
+    for name, content in chosen:
+        file = tmp_path / "in" / name
+        file.write_bytes(content)
+        seen = watched(lambda file=file: bring(file, tmp_path / "out" / "new"), tmp_path / "out", file.parent)  # type: ignore[misc]
+        held(seen, tmp_path, name)
+        assert str(file) in seen.said, (name, seen.said)
+        assert "weights_only" not in seen.said, "torch's advice to run it"
+        assert not (tmp_path / "out" / "new").exists()
+        file.unlink()
+    tell(len(chosen))
 
 
 def test_an_index_that_is_none_or_names_pickles_is_refused(home: Path, tmp_path: Path, tell: Any) -> None:
