@@ -219,10 +219,12 @@ class SavedModel(Fact):
     model: str
     """A folder, or a preset."""
     vocabulary_size: int | None
-    """Of a preset."""
+    """Of the run's model; a folder has its own."""
     checkpoint: str | None
     """Where the weights are, if not in that folder: a checkpoint, or a run, of which the newest is taken."""
     tokenizer: str | None
+    stage: Stage
+    """What it was trained on last."""
 
 
 class Recipe(Fact):
@@ -375,9 +377,9 @@ class Evaluate(Fact):
 class Evaluated(Fact):
     """The answer to `Evaluate`: means over all target tokens, and scores of the rows that were answered."""
 
-    loss: float
+    loss: float | None
+    """None, as the next, where it is no number."""
     perplexity: float | None
-    """None where it is no number of the machine's."""
     accuracy: float
     samples: int
     target_tokens: int
@@ -409,7 +411,6 @@ class Chat(Fact):
     errand: Literal["chat"] = "chat"
     saved: SavedModel
     device: Device
-    stage: Stage
     longest_prompt: PositiveInt | None
     """Tokens; None where the model's positions alone decide."""
     choosing: Choosing

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 
 from autotune.errands import Answered, Chat, Choosing, Conversation
-from autotune.errors import ConfigurationError
+from autotune.errors import ConfigurationError, MachineError
 from autotune.measure import SILENT_SECONDS
 from autotune.plan import Device
 from autotune.process import Worker, WorkerCrashedError
@@ -21,6 +22,7 @@ from cli.render.chat import Streamed, print_side_by_side
 from cli.render.console import print_json, say, warn
 
 LEAVE, CLEAR = ("exit", "quit", "/exit", "/quit"), ("cls", "clear", "/clear")
+SMALLER = "close other programs, or give a smaller model or --max-new-tokens"
 YOU = "you> "
 
 
@@ -30,6 +32,8 @@ class Talker:
 
     found: Found
     worker: Worker
+    typed: bool
+    """Whether somebody types the questions."""
     turns: list[tuple[str, str]] = field(default_factory=list)
 
     def open(self, device: Device, choosing: Choosing) -> None:
@@ -38,7 +42,6 @@ class Talker:
         errand = Chat(
             saved=self.found.saved,
             device=device,
-            stage=self.found.stage,
             longest_prompt=workload.max_seq_len if workload and workload.task == "seq2seq" else None,
             choosing=choosing,
         )
@@ -52,29 +55,26 @@ class Talker:
         """Ask with so many of the exchanges before; Ctrl-C ends the answer, and what there is of it is returned."""
         before = self.turns[-2 * exchanges :] if exchanges else []
         turns = [*([("system", system)] if system else []), *before, ("user", question)]
-        self.worker.write(Conversation(turns=tuple(turns)))
-        answered = None
-        events = self._events()
-        while answered is None:
-            try:
-                for event in events:
-                    if event["event"] == "words" and streamed is not None:
-                        streamed.show(str(event.get("text")))
-                    elif event["event"] == "result":
-                        answered = self._parsed(event.get("result"))
-                        break
-                else:
-                    raise self._crashed()
-            except KeyboardInterrupt:
-                self.worker.interrupt()
-                events = self._events()
+        with _interrupting(self.worker, leaves=not self.typed):
+            self.worker.write(Conversation(turns=tuple(turns)))
+            answered = self._answered(streamed)
         self.turns += [("user", question), ("assistant", answered.text)]
         if answered.dropped:
-            say(f"the oldest {answered.dropped} turns had no room, and were left out")
+            del self.turns[: answered.dropped]
+            say(f"the oldest {answered.dropped} turns had no room, and are left out from now on")
         return answered
 
-    def _events(self) -> Iterator[dict[str, object]]:
-        return (event for event in self.worker.poll(SILENT_SECONDS) if event is not None)
+    def _answered(self, streamed: Streamed | None) -> Answered:
+        for event in self.worker.poll(SILENT_SECONDS):
+            if event is None:
+                continue
+            if event["event"] == "words" and streamed is not None:
+                streamed.show(str(event.get("text")))
+            elif event["event"] == "result":
+                return self._parsed(event.get("result"))
+            elif event["event"] == "out_of_memory":
+                raise MachineError(f"{self.found.saved.place}: memory ran out: {event.get('message')}", SMALLER)
+        raise self._crashed()
 
     def _parsed(self, result: object) -> Answered:
         try:
@@ -82,9 +82,32 @@ class Talker:
         except ValidationError as error:
             raise WorkerCrashedError(f"the worker's answer is none: {error}") from None
 
-    def _crashed(self) -> WorkerCrashedError:
+    def _crashed(self) -> Exception:
         code = self.worker.exit_code
+        if self.worker.was_killed:
+            return MachineError(
+                f"{self.found.saved.place}: its process was killed, as it is where memory runs out", SMALLER
+            )
         return WorkerCrashedError(f"the worker ended with exit code {code}:\n{self.worker.last_words()}")
+
+
+@contextmanager
+def _interrupting(worker: Worker, *, leaves: bool) -> Iterator[None]:
+    """Have Ctrl-C end the answer that is being given, and all where nobody types the next question."""
+    asked = False
+
+    def interrupt(_number: int, _frame: object) -> None:
+        nonlocal asked
+        asked = True
+        worker.interrupt()
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked and leaves:
+        raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)
@@ -109,8 +132,12 @@ def chat(
     found: Sequence[Found], device: Device, cores: int, manner: Manner, prompts: Sequence[str], *, as_json: bool
 ) -> None:
     """Answer the prompts, each by itself; without any, what is typed, until it ends."""
+    for said in (*prompts, manner.system or ""):
+        if not _is_text(said):
+            raise ConfigurationError("a prompt is no UTF-8", "give it in the terminal's own encoding, or pipe it in")
+    typed = not prompts and sys.stdin.isatty()
     with ExitStack() as open_ones:
-        talkers = [Talker(one, open_ones.enter_context(Worker(cores))) for one in found]
+        talkers = [Talker(one, open_ones.enter_context(Worker(cores)), typed) for one in found]
         for talker in talkers:
             say(f"loading {talker.found.saved.place}")
             talker.open(device, manner.choosing)
@@ -150,7 +177,7 @@ def _ask_all(talkers: list[Talker], question: str, manner: Manner, *, quiet: boo
     answers = [talker.ask(manner.system, question, manner.given_with(talker), None) for talker in talkers]
     if not quiet:
         names = [talker.found.saved.place for talker in talkers]
-        print_side_by_side(question, dict(zip(names, answers, strict=True)))
+        print_side_by_side(question, [*zip(names, answers, strict=True)])
     return answers
 
 
@@ -163,17 +190,25 @@ def _questions() -> Iterator[str]:
         say("Ctrl-C ends an answer, /clear forgets what was said, /exit or Ctrl-D leaves")
     while True:
         try:
-            line = input(YOU) if typed else sys.stdin.readline()
+            line = input(YOU) if typed else sys.stdin.buffer.readline().decode(errors="surrogateescape")
         except (EOFError, KeyboardInterrupt):
             say("")
             return
-        except UnicodeDecodeError:
-            warn("what was typed is no UTF-8")
-            continue
         if (not typed and not line) or line.strip() in LEAVE:
             return
-        if line.strip():
+        if not _is_text(line):
+            warn("a line that is no UTF-8 is no question")
+        elif line.strip():
             yield line.strip()
+
+
+def _is_text(line: str) -> bool:
+    """Whether it has no bytes that were no characters."""
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_device(asked: str, there: Device) -> Device:

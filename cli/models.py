@@ -8,10 +8,11 @@ from math import inf
 from pathlib import Path
 from typing import Any, get_args
 
+from autotune.disk import remove
 from autotune.errands import Choosing, Errand, Evaluate, Evaluated, Export, Exported, Format, Import, Imported
-from autotune.errors import ConfigurationError, RunExistsError
+from autotune.errors import ConfigurationError, MachineError, RunExistsError
 from autotune.hardware import read_hardware
-from autotune.measure import SILENT_SECONDS
+from autotune.measure import KILLED, SILENT_SECONDS
 from autotune.plan import Precision
 from autotune.process import WorkerCrashedError, ask
 from cli.chat import Manner, chat, check_device
@@ -24,6 +25,7 @@ from cli.wiring import make_workload
 from profiles import Settings
 
 GIB = 2**30
+SMALLER = "close other programs, or give a smaller model"
 MOST_ROOM_BYTES = 2 * GIB
 READING_SECONDS = 600.0
 """For a file, and for each GiB of it: what takes longer is no file of weights."""
@@ -38,7 +40,8 @@ def import_command(source: str, output: str, tokenizer: str | None, heads: int |
     if tokenizer is not None and not (Path(tokenizer) / "tokenizer.json").exists():
         raise ConfigurationError(f"{tokenizer}: no tokenizer.json in this folder")
     errand = Import(source=source, output=output, tokenizer=tokenizer, heads=heads)
-    size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+    files = (file for file in (path.iterdir() if path.is_dir() else [path]) if file.is_file())
+    size = sum(file.stat().st_size for file in files)
     try:
         made = Imported.model_validate(_answer(errand, READING_SECONDS * (1 + size / GIB)))
     except WorkerCrashedError as error:
@@ -62,15 +65,16 @@ def export_command(place: str, output: str, form: str, precision: str | None) ->
         raise ConfigurationError(f"--precision {precision} is none of {', '.join(get_args(Precision))}")
     if form == "transformers":
         _check_new(Path(output))
-    elif Path(output).is_dir():
-        raise ConfigurationError(f"{output} is a folder, and --format {form} is a file", f"--output {output}/model.pth")
+    elif Path(output).exists():
+        raise RunExistsError(f"{output} is there already", "give --output a new file")
     elif not Path(output).absolute().parent.is_dir():
         raise ConfigurationError(f"{output}: no such folder", "give --output a file in one that is there")
-    errand = Export.model_validate(
-        {"saved": find_saved(place).saved, "output": output, "precision": precision, "format": form}
-    )
+    saved = find_saved(place).saved
+    errand = Export.model_validate({"saved": saved, "output": output, "precision": precision, "format": form})
     made = Exported.model_validate(_answer(errand))
     tell(f"{output}: {made.precision}, {size(made.bytes)}")
+    if saved.tokenizer is None:
+        warn(f"{place} has no tokenizer, so none was written")
     if made.needs:
         said = ", ".join(f"{name}={value}" for name, value in made.needs.items())
         tell(f"its configuration: {said}")
@@ -101,7 +105,7 @@ def evaluate_command(places: list[str], given: dict[str, Any], answers: int, *, 
     if not given.get("data"):
         raise ConfigurationError("on what is to be evaluated?", "give --data FILE")
     scored: dict[str, Evaluated] = {}
-    cut_by = set()
+    alike: set[tuple[object, ...]] = set()
     for found in map(find_saved, places):
         settings = _settings_of(found, given)
         hardware = read_hardware(Path())
@@ -109,7 +113,10 @@ def evaluate_command(places: list[str], given: dict[str, Any], answers: int, *, 
         assert facts.data is not None
         assert facts.ids is not None
         assert facts.tokenizer_dir is not None
-        cut_by.add(facts.tokenizer_fingerprint)
+        alike.add((facts.tokenizer_fingerprint, facts.data.stage, settings.max_seq_len, settings.max_target_len))
+        free = hardware.host_memory_available_bytes
+        if hardware.device == "cuda":
+            free = min(free, hardware.device_memory_free_bytes)
         errand = Evaluate(
             saved=found.saved,
             workload=make_workload(settings, facts, hardware),
@@ -118,11 +125,14 @@ def evaluate_command(places: list[str], given: dict[str, Any], answers: int, *, 
             tokenizer_dir=facts.tokenizer_dir,
             ids=facts.ids,
             answers=answers,
-            room_bytes=min(MOST_ROOM_BYTES, hardware.host_memory_available_bytes // 4),
+            room_bytes=min(MOST_ROOM_BYTES, free // 4),
         )
         scored[found.saved.place] = Evaluated.model_validate(_answer(errand))
-    if len(cut_by) > 1:
-        warn("the models cut text into other tokens: losses and perplexities of different tokens do not compare")
+    if len(alike) > 1:
+        warn(
+            "the models do not predict the same tokens: their tokenizers, their stages, or the lengths that rows are "
+            "cut at differ, and so losses, perplexities and accuracies do not compare"
+        )
     if as_json:
         print_json(json.dumps({name: made.model_dump() for name, made in scored.items()}, indent=2))
     else:
@@ -141,7 +151,10 @@ def _settings_of(found: Found, given: dict[str, Any]) -> Settings:
             "put its tokenizer.json into the model's folder",
         )
     kept = {name: told[name] for name in ("max_seq_len", "max_target_len", "precision", "stage") if name in told}
-    values: dict[str, Any] = kept | given | {"model": found.saved.model, "tokenizer": found.saved.tokenizer}
+    # No layout needs proof that pads, and the losses of all are the same.
+    values: dict[str, Any] = (
+        kept | given | {"layout": "sorted"} | {"model": found.saved.model, "tokenizer": found.saved.tokenizer}
+    )
     return Settings(**values)
 
 
@@ -153,9 +166,20 @@ def _check_new(folder: Path) -> None:
 def _answer(errand: Errand, most_seconds: float = inf) -> Any:
     """Have a worker do an errand, tell what it says, and return its result."""
     answer = None
-    for event in ask(errand, read_hardware(Path()).cores, SILENT_SECONDS, most_seconds):
-        if event["event"] == "note":
-            say(str(event.get("message")))
-        elif event["event"] == "result":
-            answer = event.get("result")
+    try:
+        for event in ask(errand, read_hardware(Path()).cores, SILENT_SECONDS, most_seconds):
+            if event["event"] == "note":
+                say(str(event.get("message")))
+            elif event["event"] == "result":
+                answer = event.get("result")
+            elif event["event"] == "out_of_memory":
+                raise MachineError(f"memory ran out: {event.get('message')}", SMALLER)
+    except WorkerCrashedError as error:
+        if f"exit code {KILLED}:" in str(error):
+            raise MachineError("its process was killed, as it is where memory runs out", SMALLER) from None
+        raise
+    finally:
+        if isinstance(errand, Import | Export):  # what a worker that was ended has left
+            folder = Path(errand.output).absolute()
+            remove(folder.with_name(f".{folder.name}.partial"))
     return answer

@@ -8,9 +8,12 @@ from pathlib import Path
 
 from autotune.errands import SavedModel
 from autotune.errors import ConfigurationError
-from autotune.plan import Plan, Stage
+from autotune.plan import Plan
 from cli.runs import run_of
 from cli.wiring import cache_dir, read_plan
+
+MODELS = ("model", "best")
+"""Folders that a run leaves."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,6 @@ class Found:
     saved: SavedModel
     plan: Plan | None
     run: Path | None
-
-    @property
-    def stage(self) -> Stage:
-        """What it was trained on; of one that another program made, conversations."""
-        return self.plan.workload.stage if self.plan else "sft"
 
     @property
     def seq2seq(self) -> bool:
@@ -42,19 +40,16 @@ def find_saved(place: str) -> Found:
     Of a run it is the model that it left, or the newest checkpoint of one that has not ended. Raises
     ConfigurationError for a name that is none of them.
     """
+    if not place.isprintable():  # what is no UTF-8 cannot be told to a worker
+        raise ConfigurationError(f"{place!r}: a name that cannot be shown cannot be asked for", "rename the folder")
     path = Path(place)
     if not path.is_dir():
         raise ConfigurationError(
             f"{place}: no such folder", "give a run (runs/NAME), one of its checkpoints, or a model's folder"
         )
-    folder = path / "model" if (path / "model" / "config.json").exists() else path
-    if (folder / "config.json").exists():
-        plan_file = folder.parent / "plan.json"
-        of_run = folder.name in ("model", "best") and plan_file.exists()
-        plan = read_plan(str(plan_file)) if of_run else None
-        tokenizer = str(folder) if (folder / "tokenizer.json").exists() else None
-        saved = SavedModel(place=place, model=str(folder), vocabulary_size=None, checkpoint=None, tokenizer=tokenizer)
-        return Found(saved, plan, folder.parent if plan else None)
+    for folder in (path, path / "model"):
+        if (folder / "config.json").exists() and not _is_overtaken(folder):
+            return _in_folder(place, folder)
     run = run_of(path)
     if not (run / "plan.json").exists() or not any((run / "checkpoints").glob("step-*")):
         raise ConfigurationError(
@@ -69,8 +64,30 @@ def find_saved(place: str) -> Found:
     saved = SavedModel(
         place=place,
         model=workload.model,
-        vocabulary_size=None if Path(workload.model).is_dir() else workload.vocabulary_size,
+        vocabulary_size=workload.vocabulary_size,
         checkpoint=place,
         tokenizer=found,
+        stage=workload.stage,
     )
     return Found(saved, plan, run)
+
+
+def _in_folder(place: str, folder: Path) -> Found:
+    real = folder.resolve()
+    plan_file = real.parent / "plan.json"
+    plan = read_plan(str(plan_file)) if real.name in MODELS and plan_file.exists() else None
+    saved = SavedModel(
+        place=place,
+        model=str(folder),
+        vocabulary_size=None,
+        checkpoint=None,
+        tokenizer=str(folder) if (folder / "tokenizer.json").exists() else None,
+        stage=plan.workload.stage if plan else "sft",
+    )
+    return Found(saved, plan, real.parent if plan else None)
+
+
+def _is_overtaken(folder: Path) -> bool:
+    """Whether a run that went on after it left this model has saved checkpoints since."""
+    saved = [file.stat().st_mtime for file in folder.parent.glob("checkpoints/step-*/manifest.json")]
+    return folder.name == "model" and max(saved, default=0.0) > (folder / "config.json").stat().st_mtime

@@ -33,9 +33,11 @@ def chatter(folder: Path, family: str = "llama", **changes: Any) -> Chatter:
         model = T5ForConditionalGeneration(config)
     model.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
-    saved = SavedModel(place="m", model=str(folder), vocabulary_size=None, checkpoint=None, tokenizer=str(folder))
+    saved = SavedModel(
+        place="m", model=str(folder), vocabulary_size=None, checkpoint=None, tokenizer=str(folder), stage="sft"
+    )
     choosing = GREEDY.model_copy(update=changes)
-    return Chatter(Chat(saved=saved, device="cpu", stage="sft", longest_prompt=None, choosing=choosing))
+    return Chatter(Chat(saved=saved, device="cpu", longest_prompt=None, choosing=choosing))
 
 
 def said(talker: Chatter, *turns: tuple[str, str]) -> Any:
@@ -64,6 +66,23 @@ def test_an_answer_is_the_likeliest_token_after_the_other(family: str, tmp_path:
             while len(ids) < start + answered.tokens:
                 ids.append(int(model(input_ids=source, decoder_input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     assert answered.text == tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def test_how_a_checkpoint_says_that_it_be_generated_from_is_put_aside(tmp_path: Path) -> None:
+    """Beams cannot be shown word by word, and a penalty would not be the likeliest."""
+    plain = said(chatter(tmp_path, max_new_tokens=30), ("user", "1")).text
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    model.generation_config.update(num_beams=4, no_repeat_ngram_size=1, min_length=20, suppress_tokens=[9])
+    chatter(tmp_path, max_new_tokens=30)
+    model.generation_config.save_pretrained(tmp_path)
+    saved = SavedModel(
+        place="m", model=str(tmp_path), vocabulary_size=None, checkpoint=None, tokenizer=str(tmp_path), stage="sft"
+    )
+    choosing = GREEDY.model_copy(update={"max_new_tokens": 30})
+    assert (
+        said(Chatter(Chat(saved=saved, device="cpu", longest_prompt=None, choosing=choosing)), ("user", "1")).text
+        == plain
+    )
 
 
 def test_what_is_sampled_is_the_same_for_a_seed(tmp_path: Path) -> None:
@@ -119,5 +138,6 @@ def test_a_character_of_several_tokens_comes_when_it_is_whole(tmp_path: Path) ->
 
 def test_what_a_model_says_does_not_steer_the_terminal() -> None:
     assert printable("a\x1b[2Jb\n\tc\u202e", "utf-8") == "a\ufffd[2Jb\n\tc\ufffd"
+    assert printable("\u3000\u3000你好 👩\u200d🔬", "utf-8") == "\u3000\u3000你好 👩\u200d🔬"
     assert printable("你好", "gbk") == "你好"
     assert printable("你好", "ascii") == "??"

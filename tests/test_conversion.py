@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ import torch
 from formulas import minimind, t5
 from safetensors.torch import load_file
 from test_encode import word_tokenizer
+from tiny_models import DECODER
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -155,6 +159,9 @@ def without(name: str) -> Any:
         (lambda w: w | {NORM: torch.ones(64, dtype=torch.long)}, "of type torch.int64: model.norm.weight"),
         (lambda w: w | {NORM: torch.ones(1).expand(64)}, "more than the file holds"),
         (lambda w: w | {"model.layers.0.mlp.experts.0.up_proj.weight": torch.ones(1)}, "a mixture of experts"),
+        (lambda w: w | {NORM: torch.ones(64).to(torch.float8_e4m3fn)}, "of type torch.float8_e4m3fn: model.norm"),
+        (lambda w: dict.fromkeys((*w, *map(str, range(9))), torch.ones(99999)), "the same numbers again and again"),
+        (lambda w: w | {f"model.layers.{i}.x": torch.ones(1) for i in range(1001)}, "name 1,001 layers, 1,000 at most"),
         (lambda w: {"model.layers.0.self_attn.q_proj.lora.A.weight": torch.ones(1)}, "an adapter"),
         (lambda w: {"a": torch.ones(1)}, "neither MiniMind's nor ChatLM-mini-Chinese's"),
         (lambda w: {"epoch": 3}, "holds no weights by name"),
@@ -184,12 +191,50 @@ def test_heads_that_the_weights_cannot_have_are_refused(tmp_path: Path) -> None:
     assert (ours - minimind(weights, IDS, 4, 1e-5, False)).abs().max() < 1e-4
 
 
+def test_two_layers_that_are_one_tensor_in_the_file_are_two_in_the_model(tmp_path: Path) -> None:
+    weights = minimind_weights("may")
+    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"]
+    imported(weights, tmp_path)
+    kept = load_file(tmp_path / "new" / "model.safetensors")
+    assert torch.equal(kept["model.layers.1.mlp.up_proj.weight"], weights["model.layers.0.mlp.up_proj.weight"])
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("told", [{"num_attention_heads": "x"}, {"num_attention_heads": -8}, {"rope_theta": "x"}])
+def test_a_configuration_that_cannot_be_is_a_sentence(told: Any, tmp_path: Path) -> None:
+    torch.save(minimind_weights("may"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "minimind"} | told))
+    with pytest.raises(ConfigurationError):
+        import_model(
+            Import(source=str(tmp_path), output=str(tmp_path / "x"), tokenizer=None, heads=None), lambda _: None
+        )
+
+
+@pytest.mark.parametrize("change", [{"tie_word_embeddings": False}, {"hidden_act": "gelu"}, {"attention_bias": True}])
+def test_what_minimind_does_not_compute_does_not_go_out_as_its_own(change: Any, tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**DECODER | {"head_dim": 8} | change)).save_pretrained(tmp_path / "new")
+    saved = SavedModel(
+        place="x", model=str(tmp_path / "new"), vocabulary_size=None, checkpoint=None, tokenizer=None, stage="sft"
+    )
+    asked = {"saved": saved, "output": str(tmp_path / "x.pth"), "precision": None, "format": "minimind"}
+    with pytest.raises(ConfigurationError, match="MiniMind's code does not compute this model: "):
+        export_model(Export.model_validate(asked))
+    assert not (tmp_path / "x.pth").exists()
+
+
+def test_another_minds_tokenizer_beside_is_not_taken(tmp_path: Path) -> None:
+    """That of April 2025 has as many entries as the later one, and other words."""
+    word_tokenizer().save_pretrained(tmp_path)
+    assert imported(minimind_weights("3"), tmp_path).tokenizer is None
+    assert imported(minimind_weights("april"), tmp_path, output=str(tmp_path / "b")).tokenizer is not None
+
+
 def test_a_tokenizer_beside_the_weights_comes_with_its_end(tmp_path: Path) -> None:
     """Where MiniMind keeps it; generation then ends where it says, and not at the length's limit."""
     tokenizer = word_tokenizer()
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "out").mkdir()
-    weights = minimind_weights("may")
+    weights = minimind_weights("april")
     told = imported(weights, tmp_path / "out")
     assert told.tokenizer is not None
     assert Path(told.tokenizer).resolve() == tmp_path / "model"
@@ -205,7 +250,9 @@ def test_a_tokenizer_beside_the_weights_comes_with_its_end(tmp_path: Path) -> No
 def test_what_goes_out_as_minimind_comes_back_to_the_bit(kind: str, tmp_path: Path) -> None:
     weights = minimind_weights(kind)
     imported(weights, tmp_path)
-    saved = SavedModel(place="x", model=str(tmp_path / "new"), vocabulary_size=None, checkpoint=None, tokenizer=None)
+    saved = SavedModel(
+        place="x", model=str(tmp_path / "new"), vocabulary_size=None, checkpoint=None, tokenizer=None, stage="sft"
+    )
     form = "minimind-2025-04" if kind == "april" else "minimind"
     out = tmp_path / "back.pth"
     told = export_model(
@@ -221,7 +268,9 @@ def test_what_goes_out_as_minimind_comes_back_to_the_bit(kind: str, tmp_path: Pa
 def test_half_precision_in_one_file(tmp_path: Path) -> None:
     weights = chatlm_weights()
     imported(weights, tmp_path)
-    saved = SavedModel(place="x", model=str(tmp_path / "new"), vocabulary_size=None, checkpoint=None, tokenizer=None)
+    saved = SavedModel(
+        place="x", model=str(tmp_path / "new"), vocabulary_size=None, checkpoint=None, tokenizer=None, stage="sft"
+    )
     asked = {"saved": saved, "output": str(tmp_path / "half"), "precision": None, "format": "transformers"}
     assert export_model(Export.model_validate(asked)).precision == "bf16"
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "half", dtype="auto")
@@ -236,7 +285,11 @@ def test_weights_that_fp16_does_not_hold_are_refused(tmp_path: Path) -> None:
     weights = minimind_weights("may")
     weights["model.norm.weight"][3] = 1e5
     imported(weights, tmp_path)
-    saved = SavedModel(place="x", model=str(tmp_path / "new"), vocabulary_size=None, checkpoint=None, tokenizer=None)
+    saved = SavedModel(
+        place="x", model=str(tmp_path / "new"), vocabulary_size=None, checkpoint=None, tokenizer=None, stage="sft"
+    )
     asked = {"saved": saved, "output": str(tmp_path / "half"), "precision": None, "format": "transformers"}
-    with pytest.raises(ConfigurationError, match=r"1 weights are larger than fp16 holds, first model\.norm\.weight"):
+    with pytest.raises(
+        ConfigurationError, match=r"1 weights are no numbers that float16 holds, first model\.norm\.weight"
+    ):
         export_model(Export.model_validate(asked))

@@ -53,6 +53,15 @@ def test_it_learns_from_all_of_the_files_and_from_no_more_than_it_may(rows: str,
     assert len(tokenizer.encode("zygomorphic").ids) <= 2, "the last file was learned from too"
 
 
+def test_what_it_is_told_of_is_of_all_the_files_however_many_rows_they_have(tmp_path: Path) -> None:
+    many = [{"text": f"{CHINESE} {i % 9}"} for i in range(50_000)] + [{"text": ENGLISH}] * 5_000
+    pq.write_table(pa.Table.from_pylist(many), tmp_path / "rows.parquet")
+    _, made = train([str(tmp_path / "rows.parquet")], 400, tmp_path / "made", 1, lambda *_: None)
+    assert made.fertility is not None
+    assert made.fertility.tokens_per_character.keys() == {"zh", "en"}
+    assert 1900 < made.fertility.rows <= 2000
+
+
 def test_what_a_tokenizer_lacks_is_named(tmp_path: Path) -> None:
     bare = Tokenizer(models.BPE({"a": 0, "<unk>": 1}, [], unk_token="<unk>"))
     bare.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -20,6 +20,7 @@ from trainer.records import Turn
 from trainer.saved import open_model
 from trainer.tokenizer import load_tokenizer
 
+UNLIMITED = 2**30
 PROMPT_TOKENS = 512
 """Of a source at most, for a model that does not say how long its own were."""
 
@@ -36,11 +37,13 @@ class Chatter:
         self._tokenizer = load_tokenizer(errand.saved.tokenizer)
         self.model = open_model(errand.saved, self._device)
         self._task = task_of(self.model.config)
-        self._encoder = Encoder(self._tokenizer, self._task, errand.stage, PROMPT_TOKENS, PROMPT_TOKENS)
+        self._encoder = Encoder(self._tokenizer, self._task, errand.saved.stage, PROMPT_TOKENS, PROMPT_TOKENS)
         if self._task == "causal":
             self._encoder.template.check()
-        self._ids = ids_of(self._tokenizer, self._task, errand.stage)
+        self._ids = ids_of(self._tokenizer, self._task, errand.saved.stage)
         self._room = self._room_of_prompts(errand.longest_prompt)
+        # In place of the model's own, of which generate() would take what is not said here: beams, penalties, lengths.
+        self.model.generation_config = _how(self._choosing, self._ids, self.model.config)
 
     def answer(self, asked: Conversation, tell: Callable[[str], None], stop: Callable[[], bool]) -> Answered:
         """Answer, telling the words as they come, until an end token, the most tokens, or a stop that is asked for."""
@@ -56,7 +59,6 @@ class Chatter:
             self.model.generate(
                 input_ids=row,
                 attention_mask=torch.ones_like(row),
-                generation_config=_how(self._choosing, self._ids, self.model.config),
                 streamer=words,
                 stopping_criteria=StoppingCriteriaList([Asked(stop)]),
             )
@@ -71,10 +73,10 @@ class Chatter:
 
     def _room_of_prompts(self, longest: int | None) -> int:
         """Return the tokens that a prompt may have; raises ConfigurationError where an answer would leave none."""
-        if self._task == "seq2seq":
-            return longest or PROMPT_TOKENS
-        positions = getattr(self.model.config, "max_position_embeddings", None) or PROMPT_TOKENS
+        positions = getattr(self.model.config, "max_position_embeddings", None) or UNLIMITED
         room = int(positions) - self._choosing.max_new_tokens
+        if self._task == "seq2seq" and room > 0:
+            return min(longest or PROMPT_TOKENS, int(positions))
         if room < 1:
             raise ConfigurationError(
                 f"{self._choosing.max_new_tokens} new tokens, and the model has {positions} positions in all",
@@ -87,6 +89,8 @@ def _how(choosing: Choosing, ids: TokenIds, config: Any) -> GenerationConfig:
     sampling = {"temperature": choosing.temperature, "top_p": choosing.top_p, "top_k": choosing.top_k}
     return GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=choosing.max_new_tokens,
+        num_beams=1,
+        use_cache=True,
         do_sample=choosing.temperature > 0,
         repetition_penalty=choosing.repetition_penalty,
         disable_compile=True,

@@ -20,13 +20,15 @@ from autotune.errors import ConfigurationError, MachineError
 from autotune.plan import Precision
 from trainer.encode import ids_of
 from trainer.folders import check_links
+from trainer.memory import is_memory_error
 from trainer.model import read_config, save_model, task_of
-from trainer.origins import Recognised, recognise, to_minimind, unwrapped
+from trainer.origins import MOE, Recognised, recognise, to_minimind, unwrapped
 from trainer.pickled import read_pickled
 from trainer.saved import open_model
 from trainer.tokenizer import load_tokenizer
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+KNOWN_TYPES = (*DTYPES.values(), torch.float64)
 PATTERNS = ("model*.safetensors", "pytorch_model*.bin", "*.pth", "*.bin")
 """Of a folder's weights: the first that there are is taken."""
 TOKENIZER_PLACES = (".", "tokenizer", "../model", "../model/minimind_tokenizer", "../tokenizer")
@@ -42,9 +44,18 @@ def import_model(errand: Import, tell: Callable[[str], None]) -> Imported:
     """
     source = Path(errand.source)
     tell(f"reading {source}")
-    found = _read(source, errand.heads)
-    model = _whole(found.config, found.tensors, source)
-    place = errand.tokenizer or _tokenizer_beside(source if source.is_dir() else source.parent)
+    try:
+        found = _read(source, errand.heads)
+        model = _whole(found.config, found.tensors, source)
+    except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+        if is_memory_error(error):
+            raise
+        raise ConfigurationError(f"{source}: of no model that can be: {error}") from None
+    if errand.heads is not None and errand.heads != found.config.num_attention_heads:
+        raise ConfigurationError(
+            f"{source} has {found.config.num_attention_heads} heads, which its weights tell", "leave --heads out"
+        )
+    place = errand.tokenizer or _tokenizer_beside(source if source.is_dir() else source.parent, found.marker)
     tell(f"writing {errand.output}")
     with tempfile.TemporaryDirectory() as kept:
         if place is None and source.suffix == ".gguf":
@@ -72,7 +83,7 @@ def _read(source: Path, heads: int | None) -> Recognised:
     check_links(str(source))
     files: list[Path] = []
     for pattern in PATTERNS:
-        files = files or sorted(source.glob(pattern))
+        files = files or sorted(file for file in source.glob(pattern) if file.is_file())
     known = _known(source / "config.json")
     if not files or (not known and len(files) > 1):
         several = f"{len(files)} files of weights, of which one has to be named" if files else "no weights"
@@ -80,7 +91,10 @@ def _read(source: Path, heads: int | None) -> Recognised:
     tensors = read_weights(files)
     if known.get("model_type", "minimind") == "minimind":  # whose configuration is code of its own
         return recognise(tensors, heads, known)
-    return Recognised("a model of transformers", read_config(str(source)), unwrapped(tensors))
+    config = read_config(str(source))
+    if any(getattr(config, name, 0) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        raise ConfigurationError(MOE, "import a dense model")
+    return Recognised("a model of transformers", config, unwrapped(tensors))
 
 
 def _known(config: Path) -> dict[str, Any]:
@@ -149,13 +163,16 @@ def _whole(config: Any, tensors: Mapping[str, Tensor], source: Path) -> Any:
     with torch.device("meta"):
         model = auto.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     names: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    expected = model.state_dict(keep_vars=True)
+    for name, tensor in expected.items():
         names.setdefault(id(tensor), []).append(name)
+    stem = model.base_model_prefix
+    tensors = {n if n in expected or f"{stem}.{n}" not in expected else f"{stem}.{n}": t for n, t in tensors.items()}
     taken: dict[str, Tensor] = {}
     missing, wrong = [], []
     for group in names.values():
         given = [tensors[name] for name in group if name in tensors]
-        shape = model.state_dict()[group[0]].shape
+        shape = expected[group[0]].shape
         if not given:
             missing.append(group[0])
         elif any(tensor.shape != shape for tensor in given):
@@ -164,14 +181,17 @@ def _whole(config: Any, tensors: Mapping[str, Tensor], source: Path) -> Any:
             wrong.append(f"{' and '.join(group)}, which are one and differ")
         taken |= {name: given[0] for name in group if given}
     ignored = model._keys_to_ignore_on_load_unexpected or ()
-    unexpected = [
-        n for n in tensors if n not in model.state_dict() and not any(fnmatchcase(n, f"*{i}*") for i in ignored)
-    ]
+    unexpected = [n for n in tensors if n not in expected and not any(fnmatchcase(n, f"*{i}*") for i in ignored)]
     for what, several in (("missing", missing), ("of another shape", wrong), ("too many", unexpected)):
         if several:
             _refuse(source, what, several)
     dtype = _dtype(taken, source)
-    kept = {name: tensor.to(dtype).contiguous() for name, tensor in taken.items()}
+    kept: dict[str, Tensor] = {}
+    for group in names.values():  # what is tied is converted once
+        tensor = taken[group[0]].to(dtype).contiguous()
+        if any(tensor.data_ptr() == other.data_ptr() for other in kept.values()):
+            tensor = tensor.clone()  # a file may name one for two that are not tied
+        kept |= dict.fromkeys(group, tensor)
     model.load_state_dict(kept, assign=True)
     model.tie_weights()
     model.config.dtype = dtype
@@ -190,7 +210,7 @@ def _dtype(tensors: Mapping[str, Tensor], source: Path) -> torch.dtype:
     """Return the widest type that there is, fp32 at most; raises ConfigurationError for weights that are no numbers."""
     wide = torch.float16 if all(t.dtype == torch.float16 for t in tensors.values()) else torch.bfloat16
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if tensor.dtype not in KNOWN_TYPES:
             _refuse(source, f"of type {tensor.dtype}", [name])
         if not torch.isfinite(tensor).all():
             _refuse(source, "not finite", [name])
@@ -199,9 +219,13 @@ def _dtype(tensors: Mapping[str, Tensor], source: Path) -> torch.dtype:
     return wide
 
 
-def _tokenizer_beside(folder: Path) -> str | None:
-    places = (folder / place for place in TOKENIZER_PLACES)
-    return next((str(place) for place in places if (place / "tokenizer.json").is_file()), None)
+def _tokenizer_beside(folder: Path, marker: str) -> str | None:
+    """Return the first that has the special token which these weights were trained with: others are as large."""
+    for place in (folder / name for name in TOKENIZER_PLACES):
+        file = place / "tokenizer.json"
+        if file.is_file() and (not marker or json.dumps(marker) in file.read_text(encoding="utf-8", errors="replace")):
+            return str(place)
+    return None
 
 
 def _give_tokenizer(model: Any, place: str, folder: Path) -> None:
@@ -256,10 +280,11 @@ def export_model(errand: Export) -> Exported:
 
 def _check_range(model: Any, dtype: torch.dtype) -> None:
     most = torch.finfo(dtype).max
-    over = [name for name, tensor in model.state_dict().items() if tensor.abs().max() > most]
+    over = [name for name, tensor in model.state_dict().items() if not tensor.abs().max() <= most]
     if over:
+        held = str(dtype).removeprefix("torch.")
         raise ConfigurationError(
-            f"{len(over)} weights are larger than fp16 holds, first {over[0]}", "give --precision bf16 or fp32"
+            f"{len(over)} weights are no numbers that {held} holds, first {over[0]}", "give --precision bf16 or fp32"
         )
 
 
@@ -275,8 +300,10 @@ def _needs(config: Any, *, of_april: bool) -> dict[str, int | float]:
         "rope_theta": config.rope_parameters["rope_theta"],
         "rms_norm_eps": config.rms_norm_eps,
     }
+    if not of_april:
+        return common | {"head_dim": config.head_dim, "max_position_embeddings": config.max_position_embeddings}
     names = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size", "rope_theta", "norm_eps")
-    return dict(zip(names, common.values(), strict=True)) if of_april else common
+    return dict(zip(names, common.values(), strict=True))
 
 
 def _write(tensors: Mapping[str, Tensor], output: Path) -> None:

@@ -88,6 +88,13 @@ def question(store: TokenStore, i: int, workload: Workload) -> Question:
     return Question(tokens[:start], tokens[start:end])
 
 
+def most_new(workload: Workload, asked: Question, most: int) -> int:
+    """Return how many tokens an answer may have, of `most`, within the workload's lengths."""
+    seq2seq = workload.task == "seq2seq"
+    room = workload.max_target_len if seq2seq else workload.max_seq_len - len(asked.prompt)
+    return max(1, min(most, room))
+
+
 class BrokenOffError(Exception):
     """A stop was asked for before all answers were there."""
 
@@ -206,13 +213,8 @@ class Evaluator:
         """Generate within what is left of the limits."""
         if self._generator is None or not questions:
             return []
-        workload = self._workload
-        prepare_heap(self._meter.device, workload.cpu_allocator)
-        rooms = [
-            workload.max_target_len if workload.task == "seq2seq" else workload.max_seq_len - len(q.prompt)
-            for q in questions
-        ]
-        limits = [max(1, min(most, room)) for room in rooms]
+        prepare_heap(self._meter.device, self._workload.cpu_allocator)
+        limits = [most_new(self._workload, q, most) for q in questions]
         answers = self._generator.generate(model, [q.prompt for q in questions], limits, self._stop)
         if self._stop():
             raise BrokenOffError

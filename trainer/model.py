@@ -290,23 +290,16 @@ def build_for(workload: Workload, ids: TokenIds | None, device: torch.device, *,
     model, task = workload.model, workload.task
     config = load_config(model, workload.vocabulary_size if model in PRESETS else None, workload.dropout)
     auto = AutoModelForSeq2SeqLM if task == "seq2seq" else AutoModelForCausalLM
-    if ids is not None and task == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
-        config.decoder_start_token_id = ids.pad
+    if ids is not None:
+        set_ids(config, ids, special=model in PRESETS or not weights)
     if model in PRESETS or not weights:
-        if ids is not None:
-            config.pad_token_id, config.eos_token_id, config.bos_token_id = ids.pad, _listed(ids.eos), ids.bos
         built = auto.from_config(  # type: ignore[no-untyped-call]
             config, dtype=torch.float32, attn_implementation=workload.attention
         )
     else:
         built = load_weights(auto, workload.model, config, workload.attention)
     if ids is not None:
-        built.generation_config.update(
-            pad_token_id=ids.pad,
-            eos_token_id=_listed(ids.eos),
-            bos_token_id=ids.bos,
-            decoder_start_token_id=config.decoder_start_token_id if task == "seq2seq" else None,
-        )
+        set_generation_ids(built, ids)
     freeze(built, workload.frozen)
     if workload.gradient_checkpointing == "on":
         # transformers renamed it late in version 5, and warns of the old name.
@@ -315,6 +308,25 @@ def build_for(workload: Workload, ids: TokenIds | None, device: torch.device, *,
     if workload.compile == "on" and weights:
         compile_layers(built)
     return built.to(device) if weights else built
+
+
+def set_ids(config: Any, ids: TokenIds, *, special: bool) -> None:
+    """Set with what a target begins, where a configuration does not say, and if `special` its pad, end and begin."""
+    if task_of(config) == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = ids.pad
+    if special:
+        config.pad_token_id, config.eos_token_id, config.bos_token_id = ids.pad, _listed(ids.eos), ids.bos
+
+
+def set_generation_ids(model: Any, ids: TokenIds) -> None:
+    """Set at which tokens generation ends, and from which it begins."""
+    seq2seq = task_of(model.config) == "seq2seq"
+    model.generation_config.update(
+        pad_token_id=ids.pad,
+        eos_token_id=_listed(ids.eos),
+        bos_token_id=ids.bos,
+        decoder_start_token_id=model.config.decoder_start_token_id if seq2seq else None,
+    )
 
 
 def make_deterministic() -> None:
@@ -326,7 +338,7 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def load_weights(auto: Any, folder: str, config: Any, attention: str) -> Any:
+def load_weights(auto: Any, folder: str, config: Any, attention: str | None) -> Any:
     """Load a checkpoint whole; raises ConfigurationError for weights that are damaged, missing or of another shape."""
     try:
         built, report = auto.from_pretrained(
@@ -363,6 +375,7 @@ def save_model(model: Any, tokenizer_dir: Path | None, folder: Path, left: str =
     Raises MachineError where the disk is full or fails: an older folder is then there still, and what is `left` besides
     the hint says.
     """
+    folder = folder.absolute()
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         remove(partial)
@@ -373,7 +386,9 @@ def save_model(model: Any, tokenizer_dir: Path | None, folder: Path, left: str =
         for file in (*partial.iterdir(), partial):
             sync(file)
         put_in_place(partial, folder)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         remove(partial)
+        if not isinstance(error, OSError | SafetensorError):
+            raise
         said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise MachineError(f"{folder} could not be saved: {said}", f"free some of the disk; {left}") from None

@@ -17,6 +17,11 @@ from transformers import LlamaConfig, Qwen3Config, T5Config
 
 from autotune.errors import ConfigurationError
 
+OLD_TURN, TURN = "<s>", "<|im_start|>"
+"""With which MiniMind's templates begin a turn: tokenizers of both have 6,400 entries."""
+ELSEWHERE = "export --format transformers"
+MOE = "these are the weights of a mixture of experts, which is not trained here"
+MOST_LAYERS = 1000
 HEADS = 8
 """Of every model that MiniMind published: the shapes of its weights do not tell."""
 NAMES = {
@@ -51,6 +56,8 @@ class Recognised:
     tensors: dict[str, Tensor]
     assumed: str = ""
     """What the weights do not tell."""
+    marker: str = ""
+    """A special token of the tokenizer that they were trained with."""
 
 
 def recognise(tensors: Mapping[str, Tensor], heads: int | None, known: Mapping[str, Any]) -> Recognised:
@@ -61,9 +68,7 @@ def recognise(tensors: Mapping[str, Tensor], heads: int | None, known: Mapping[s
     """
     plain = unwrapped(tensors)
     if any(map(EXPERTS.search, plain)):
-        raise ConfigurationError(
-            "these are the weights of a mixture of experts, which is not trained here", "import a dense model"
-        )
+        raise ConfigurationError(MOE, "import a dense model")
     if plain and all(map(ADAPTER.search, plain)):
         raise ConfigurationError(
             "these are the weights of an adapter (LoRA) alone",
@@ -111,7 +116,7 @@ def _minimind(tensors: dict[str, Tensor], heads: int | None, known: Mapping[str,
         num_attention_heads=_shape(tensors, "model.layers.0.self_attn.q_proj.weight")[0] // width,
         num_key_value_heads=_shape(tensors, "model.layers.0.self_attn.k_proj.weight")[0] // width,
     )
-    return Recognised("MiniMind 3 (Qwen3)", config, tensors)
+    return Recognised("MiniMind 3 (Qwen3)", config, tensors, marker=TURN)
 
 
 def _llama(
@@ -121,15 +126,16 @@ def _llama(
     count = int(told or HEADS)
     queries = _shape(tensors, "model.layers.0.self_attn.q_proj.weight")[0]
     keys = _shape(tensors, "model.layers.0.self_attn.k_proj.weight")[0]
-    width = queries // count
-    if queries % count or width % 2 or keys % width or count % (keys // width):
+    width = queries // max(1, count)
+    if count < 1 or queries % count or width % 2 or keys % width or count % (keys // width):
         raise ConfigurationError(
             f"{queries} rows of queries and {keys} of keys are not of {count} heads",
             "give --heads N, as it was trained",
         )
     common = _common(tensors, known, eps=1e-5, positions=positions)
     config = LlamaConfig(**common, num_attention_heads=count, num_key_value_heads=keys // width, head_dim=width)
-    return Recognised(what, config, tensors, "" if told else f"{HEADS} heads of attention, as MiniMind has (--heads)")
+    assumed = "" if told else f"{HEADS} heads of attention, as MiniMind has (--heads)"
+    return Recognised(what, config, tensors, assumed, OLD_TURN if "April" in what else TURN)
 
 
 def _common(tensors: dict[str, Tensor], known: Mapping[str, Any], eps: float, positions: int) -> dict[str, Any]:
@@ -138,6 +144,8 @@ def _common(tensors: dict[str, Tensor], known: Mapping[str, Any], eps: float, po
     output = tensors.get("lm_head.weight")
     tied = output is None or torch.equal(output, tensors["model.embed_tokens.weight"])
     layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
+    if len(layers) > MOST_LAYERS:
+        raise ConfigurationError(f"these weights name {len(layers):,} layers, {MOST_LAYERS:,} at most")
     return {
         "vocab_size": entries,
         "hidden_size": width,
@@ -181,7 +189,7 @@ def _chatlm(tensors: dict[str, Tensor]) -> Recognised:
         eos_token_id=1,
     )
     config.decoder_start_token_id = 0
-    return Recognised("ChatLM-mini-Chinese (T5)", config, tensors)
+    return Recognised("ChatLM-mini-Chinese (T5)", config, tensors, marker="[EOS]")
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
@@ -225,21 +233,24 @@ def to_minimind(config: Any, tensors: Mapping[str, Tensor], *, of_april: bool) -
 
     Raises ConfigurationError for a model whose computation MiniMind's code does not have.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
+    if config.model_type not in (("llama",) if of_april else ("llama", "qwen3")):
+        raise ConfigurationError(f"MiniMind's code does not compute this model: {config.model_type}", ELSEWHERE)
+    rope, heads = config.rope_parameters or {}, config.hidden_size // config.num_attention_heads
     strange = [
         name
         for name, differs in (
             ("attention_bias", getattr(config, "attention_bias", False)),
+            ("an output layer of its own", not config.tie_word_embeddings),
+            ("an activation other than silu", getattr(config, "hidden_act", "silu") != "silu"),
+            ("heads of another width", config.model_type == "llama" and heads != config.head_dim),
             ("mlp_bias", getattr(config, "mlp_bias", False)),
             ("a scaled rotary embedding", rope.get("rope_type", "default") != "default"),
             ("a window of attention", bool(getattr(config, "sliding_window", None))),
         )
         if differs
     ]
-    family = {"llama": "llama", "qwen3": "qwen3"}.get(config.model_type)
-    if family is None or strange or (of_april and family != "llama"):
-        what = ", ".join(strange) or config.model_type
-        raise ConfigurationError(f"MiniMind's code does not compute this model: {what}", "export --format transformers")
+    if strange:
+        raise ConfigurationError(f"MiniMind's code does not compute this model: {', '.join(strange)}", ELSEWHERE)
     made = dict(tensors) | {"lm_head.weight": tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])}
     if not of_april:
         return made

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import re
 import sys
-import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,10 @@ from trainer.memory import is_memory_error
 
 INSIDE = ("model", "state_dict", "module")
 """Under which of these a file that holds more, such as one to go on from, keeps its weights."""
+TAR_MARK = (257, b"ustar")
+"""POSIX.1-1988: where a tar archive says that it is one."""
+ALIASES = 4
+"""Names that a tensor may have: T5's embedding is its encoder's, its decoder's and its output layer."""
 TIMES_FILE, BEYOND_BYTES = 4, 2**30
 """Of address space: the file in memory, read from memory, in another precision and at hand."""
 
@@ -30,8 +33,11 @@ def read_pickled(file: Path) -> dict[str, Tensor]:
 
     Raises ConfigurationError for what is no file of weights alone, or takes more memory than weights need.
     """
-    if tarfile.is_tarfile(file):  # of before torch 0.2, which torch unpacks before it refuses it
-        _refuse(file, "is a tar archive")
+    with file.open("rb") as opened:
+        if (
+            opened.read(TAR_MARK[0] + 5)[TAR_MARK[0] :] == TAR_MARK[1]
+        ):  # of torch 0.1, which torch unpacks, then refuses
+            _refuse(file, "is a tar archive")
     try:
         size = file.stat().st_size
         with limited(TIMES_FILE * size + BEYOND_BYTES):
@@ -93,6 +99,8 @@ def _checked(made: Any, file: Path) -> dict[str, Tensor]:
     if not _is_weights(made) or not all(isinstance(name, str) for name in made):
         _refuse(file, "holds no weights by name, as a state_dict has them")
     room = file.stat().st_size
+    if sum(tensor.nbytes for tensor in made.values()) > ALIASES * room:
+        _refuse(file, "names the same numbers again and again")
     for name, tensor in made.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             _refuse(file, f"has {name!r} as no plain tensor: {tensor.layout}, {tensor.dtype}, {tensor.device}")

@@ -12,9 +12,9 @@ import torch
 
 from autotune.errands import Evaluate, Evaluated
 from trainer.data import Order, TokenStore
-from trainer.evaluate import bleu, perplexity, question, text_of, totals
+from trainer.evaluate import bleu, most_new, perplexity, question, text_of, totals
 from trainer.generate import Generator
-from trainer.memory import is_memory_error
+from trainer.memory import first_line, is_memory_error
 from trainer.microbatch import MicroBatch, SpecialTokens, lay_out, target_count
 from trainer.saved import open_model
 from trainer.tokenizer import load_tokenizer
@@ -35,14 +35,20 @@ def score(errand: Evaluate, tell: Callable[[str], None]) -> Evaluated:
     loss, right = _losses(model, store, errand, device)
     targets = max(1, target_count(range(len(store)), store))
     tell(f"{errand.saved.place}: answers")
-    answers, references = _answers(model, store, errand)
+    try:
+        answers, references = _answers(model, store, errand)
+    except (RuntimeError, MemoryError) as error:
+        if not is_memory_error(error):
+            raise
+        tell(f"{errand.saved.place}: no answers, memory ran out: {first_line(error)}")
+        answers, references = [], []
     scores: dict[str, Any] = {"bleu": None, "bleu_signature": None, "chrf": None, "chrf_signature": None}
     if answers:
         scores["bleu"], scores["bleu_signature"] = bleu(answers, references)
         scores["chrf"], scores["chrf_signature"] = chrf(answers, references)
     perplexed = perplexity(loss / targets)
     return Evaluated(
-        loss=loss / targets,
+        loss=loss / targets if math.isfinite(loss) else None,
         perplexity=perplexed if math.isfinite(perplexed) else None,
         accuracy=right / targets,
         samples=len(store),
@@ -93,6 +99,7 @@ def _answers(model: Any, store: TokenStore, errand: Evaluate) -> tuple[list[str]
     questions = [question(store, i, work) for i in chosen]
     longest = max(len(q.reference or ()) for q in questions)
     generator = Generator(model, errand.ids, work, errand.room_bytes)
-    made = generator.generate(model, [q.prompt for q in questions], [longest] * len(questions))
+    limits = [most_new(work, q, longest) for q in questions]
+    made = generator.generate(model, [q.prompt for q in questions], limits)
     pairs = [(a, q.reference or []) for a, q in zip(made, questions, strict=True) if a is not None]
     return [text_of(tokenizer, a) for a, _ in pairs], [text_of(tokenizer, r) for _, r in pairs]

@@ -18,7 +18,7 @@ from trainer.tokenizer import TRAINING_CHARACTERS, learn
 
 PROBED_ROWS = 2**13
 HELD_OUT = 19
-"""Of so many rows one is not learned from, and tells how well the others did; a prime: files have their rhythms."""
+"""Of so many rows, or more where there are many, one is not learned from, and tells how well the others did."""
 MOST_HELD_OUT = 2000
 CHINESE_SHARE, ENGLISH_SHARE = 0.3, 0.05
 """Share of Chinese characters from which a text counts as Chinese, and up to which as English."""
@@ -69,11 +69,12 @@ def train(
     wanted = min(source.total, int(most_characters / mean) + 1)
     held_out: list[str] = []
     learned = 0
+    every = max(HELD_OUT, -(-wanted // MOST_HELD_OUT))  # over all files, which may differ in their languages
 
     def learn_from() -> Iterator[str]:
         nonlocal learned
         for number, text in enumerate(_texts(source, draw(source.total, wanted, seed))):
-            if number % HELD_OUT == 0 and len(held_out) < MOST_HELD_OUT and wanted >= HELD_OUT:
+            if number % every == 0 and wanted >= HELD_OUT:
                 held_out.append(text)
             else:
                 learned += len(text)

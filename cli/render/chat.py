@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -12,6 +13,8 @@ from autotune.errands import Answered
 from cli.render.console import out, say
 from cli.render.units import number
 
+TURNING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""What turns words around on a terminal (Unicode, UAX 9)."""
 NARROWEST = 36
 """Columns of the terminal that an answer needs beside others; with less they stand one under the other."""
 
@@ -36,19 +39,19 @@ class Streamed:
         say(_told(answered))
 
 
-def print_side_by_side(question: str, answers: Mapping[str, Answered]) -> None:
+def print_side_by_side(question: str, answers: Sequence[tuple[str, Answered]]) -> None:
     """Show several answers to one question, beside each other where there is room."""
     out.print(f"[bold]{escape(question)}[/]")
     if out.width < NARROWEST * len(answers):
-        for name, answered in answers.items():
+        for name, answered in answers:
             out.print(f"[bold cyan]{escape(name)}[/]  {_told(answered)}")
             out.print(escape(printable(answered.text, out.encoding)))
         return
     table = Table(box=SIMPLE_HEAD, expand=True)
-    for name in answers:
+    for name, _ in answers:
         table.add_column(escape(name), ratio=1, overflow="fold")
-    table.add_row(*(escape(printable(answered.text, out.encoding)) for answered in answers.values()))
-    table.add_row(*(f"[dim]{_told(answered)}[/]" for answered in answers.values()))
+    table.add_row(*(escape(printable(answered.text, out.encoding)) for _, answered in answers))
+    table.add_row(*(f"[dim]{_told(answered)}[/]" for _, answered in answers))
     out.print(table)
 
 
@@ -57,8 +60,12 @@ def _told(answered: Answered) -> str:
     return f"{answered.tokens} tokens, {number(answered.tokens / max(answered.seconds, 1e-9), '.1f')} tokens/s{how}"
 
 
+def _steers(c: str) -> bool:
+    return (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t\r") or c in TURNING
+
+
 def printable(words: str, encoding: str | None) -> str:
     """Return what a model said without what would steer the terminal, or what its encoding does not have."""
-    shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in words)
+    shown = "".join("\ufffd" if _steers(c) else c for c in words)
     kept = encoding or "utf-8"
     return shown.encode(kept, errors="replace").decode(kept)

@@ -22,11 +22,11 @@ def print_evaluated(scored: Mapping[str, Evaluated]) -> None:
     for name, made in scored.items():
         table.add_row(
             escape(name),
-            f"{made.loss:.4f}",
+            number(made.loss, ".4f"),
             number(made.perplexity, ",.2f"),
             f"{made.accuracy:.1%}",
-            number(made.bleu, ".2f"),
-            number(made.chrf, ".2f"),
+            "-" if made.bleu is None else f"{made.bleu:.2f}",
+            "-" if made.chrf is None else f"{made.chrf:.2f}",
             str(made.answered),
         )
     out.print(table)

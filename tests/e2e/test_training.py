@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shlex
 import signal
 import subprocess
@@ -18,7 +19,9 @@ import torch
 from conftest import CommandRunner, chatlm_path, metrics
 from safetensors.torch import load_file
 from test_command_line import DIALOGUES, write_rows
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trainer.tokenizer import load_tokenizer
 
 SHORT = ("--max-seq-len", 64, "--effective-batch-size", 7)
 FIXED = (*SHORT, "--batch-size-per-gpu", 7, "--compile", "off")
@@ -146,27 +149,33 @@ def test_what_was_trained_answers_as_it_did_in_training(auto_run: Path, chatlm: 
 def test_ctrl_c_ends_an_answer_and_not_the_conversation(
     auto_run: Path, tmp_path: Path, chatlm_environment: dict[str, str]
 ) -> None:
+    """Of a model of random weights, whose likeliest tokens never end."""
+    torch.manual_seed(0)
+    shape = AutoConfig.from_pretrained(auto_run / "run" / "model", max_position_embeddings=30_000)
+    AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path / "endless")
+    load_tokenizer(str(auto_run / "run" / "model")).save_pretrained(tmp_path / "endless")
     outer, inner = os.openpty()
-    command = [chatlm_path(), "chat", auto_run / "run", "--max-new-tokens", 8000, "--temperature", 9]
+    command = [chatlm_path(), "chat", "endless", "--max-new-tokens", "29000"]
     with subprocess.Popen(
-        [*map(str, command)], stdin=inner, stdout=inner, stderr=inner, cwd=tmp_path, env=chatlm_environment
+        command, stdin=inner, stdout=inner, stderr=inner, cwd=tmp_path, env=chatlm_environment
     ) as talking:
         os.close(inner)
 
-        def seen_after(mark: str) -> str:
+        def seen_until(mark: str, at_least: int = 0) -> str:
             seen = ""
-            while mark not in seen:
+            while mark not in seen or len(seen) < at_least:
+                readable, _, _ = select.select([outer], [], [], 60)
+                assert readable, seen
                 seen += os.read(outer, 4096).decode(errors="replace")
             return seen
 
-        seen_after("you> ")
-        os.write(outer, "你好\n".encode())
-        seen_after("你好\r\n")
-        os.read(outer, 100)
+        seen_until("you> ")
+        os.write(outer, b"hello\n")
+        seen_until("", at_least=200)
         talking.send_signal(signal.SIGINT)
-        assert "not ended by the model" in seen_after("you> ")
+        assert "not ended by the model" in seen_until("you> ")
         os.write(outer, b"/clear\n")
-        assert "what was said is forgotten" in seen_after("you> ")
+        assert "what was said is forgotten" in seen_until("you> ", at_least=20)
         os.write(outer, b"/exit\n")
         assert talking.wait(60) == 0
     os.close(outer)
