@@ -228,6 +228,25 @@ def test_the_same_rows_in_other_columns_have_the_same_content(tmp_path: Path) ->
     assert made.left_out == ("text",)
     smart = drawn([str(first), second], replace(wanted, smart=True, validation=0.0), tmp_path / "smart.parquet")
     assert smart.gone == {"duplicate": 500}
+    assert (smart.before["duplicates"], smart.after["duplicates"]) == (0.5, 0.0)
+
+
+def test_how_many_rows_repeat_others_is_told_before_and_after(tmp_path: Path) -> None:
+    rows = [("q", "a")] * 30 + [("r", "b")] * 10 + [(f"question {i}", "c") for i in range(60)]
+    made = drawn([write(tmp_path / "rows.parquet", pairs(rows))], RANDOM, tmp_path / "out.parquet")
+    written = pq.read_table(tmp_path / "out.parquet")["prompt"].to_pylist()
+    assert made.before["duplicates"] == 38 / 100
+    assert made.after["duplicates"] == (40 - len(set(written))) / 40 > 0
+
+
+def test_keys_of_lines_that_are_not_trained_on_are_told_to_be_left_out(tmp_path: Path) -> None:
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text(
+        "\n" + "".join(json.dumps({"prompt": f"{i}", "response": "b", "source": "x"}) + "\n" for i in range(50))
+    )
+    made = drawn([str(lines)], RANDOM, tmp_path / "out.parquet")
+    assert made.left_out == ("source",)
+    assert pq.read_table(tmp_path / "out.parquet").column_names == ["prompt", "response"]
 
 
 def test_columns_that_are_not_trained_on_stay_where_all_files_have_them_alike(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from autotune.disk import sync
 from autotune.errors import ConfigurationError
-from trainer.quality import Numbers, Runs, Text, together
+from trainer.quality import Numbers, Runs, Text, contents, together
 
 GROUP_ROWS, GROUP_BYTES = 2**17, 2**26
 """What is written together: so many rows at most, and hardly more bytes."""
@@ -73,7 +73,8 @@ def check_apart(read: Iterable[Path], written: Iterable[Path]) -> None:
 class Tally:
     """How long rows are, in characters of what is trained on, and what some of them are like."""
 
-    def __init__(self, probed: Numbers, tokens: Tokens | None = None) -> None:
+    def __init__(self, probed: Numbers, tokens: Tokens | None = None, *, repeats: bool = True) -> None:
+        self._contents: list[Any] | None = [] if repeats else None
         self.rows, self._characters, self._most, self._probed, self._tokens = 0, 0, 0, probed, tokens
         self._counts = np.zeros(LONGEST + 1, np.int64)
         self._hashes, self.runs = [np.empty(0, np.uint64)], 0
@@ -87,6 +88,8 @@ class Tally:
         self._counts[: len(counted)] += counted
         self._characters += int(lengths.sum())
         self._most = max(self._most, int(lengths.max(initial=0)))
+        if self._contents is not None:
+            self._contents.append(contents(text, 0))
         low, high = np.searchsorted(self._probed, [self.rows, self.rows + len(lengths)])
         if high > low:
             self._probe(text.take(self._probed[low:high] - self.rows))
@@ -103,10 +106,10 @@ class Tally:
                 self._token_counts += self._tokens(part.whole.to_pylist())
 
     def summary(self, runs: int) -> dict[str, float]:
-        """Return rows, characters, of a row mean, median, 95th percentile and most, and the share of distinct runs.
+        """Return rows, characters, of a row mean, median, 95th percentile and most, shares of new runs and of repeats.
 
-        That is of so many, drawn from those that were kept: a share falls with their number. With a tokenizer tokens
-        too, of the rows that were looked at.
+        Runs are so many, drawn from those that were kept: their share falls with their number. A repeat has the words
+        of another row. With a tokenizer tokens too, of the rows that were looked at.
         """
         upto = np.cumsum(self._counts)
         p50, p95 = (int(np.searchsorted(upto, ceil(share * self.rows))) for share in (0.5, 0.95))
@@ -116,6 +119,9 @@ class Tally:
             "rows": self.rows, "characters": self._characters, "mean": self._characters / max(1, self.rows),
             "p50": p50, "p95": p95, "max": self._most, "distinct_runs": distinct,
         }  # fmt: skip
+        if self._contents is not None:  # eight bytes a row, sorted once
+            every = np.sort(np.concatenate([np.empty(0, np.uint64), *self._contents]))
+            made["duplicates"] = float(np.sum(every[1:] == every[:-1])) / max(1, self.rows)
         if self._token_counts:
             counts = np.array(self._token_counts)
             made["tokens_mean"] = float(counts.mean())

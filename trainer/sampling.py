@@ -6,10 +6,12 @@ held at a time is a piece of a file, the numbers of the rows that are drawn, and
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,8 @@ class Source:
         kept = [name for name in everywhere if name not in trained_on and len(others[name]) == 1]
         fields = [pa.field(name, type_of(name)) for name in trained_on]
         fields += [pa.field(name, *others[name]) for name in kept]
+        for file in files:
+            others |= {name: set() for name in _other_keys(file) if name not in others}
         left_out = tuple(name for name in others if name not in {*kept, *trained_on})
         return cls(tuple(files), sum(counts.values()), pa.schema(fields), trained_on), left_out
 
@@ -164,6 +168,19 @@ def _shape(file: Path) -> tuple[tuple[str, ...], Any]:
     return tuple(made), pa.schema([(name, type_of(name)) for name in made])
 
 
+def _other_keys(file: Path) -> list[str]:
+    """Return the keys of a jsonl file's first row, of which only what is trained on is read."""
+    if file.suffix == ".parquet":
+        return []
+    with file.open("rb") as opened:
+        line = next((line for line in opened if line.strip()), b"")
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return []
+    return list(row) if isinstance(row, dict) else []
+
+
 def sample(
     paths: Sequence[str],
     wanted: Wanted,
@@ -192,12 +209,13 @@ def sample(
     else:
         chosen = kept[draw_alike(judge.strata(kept, LENGTHS), rows + held_out, wanted.seed)]
     border = _border(drawn(source.tables(), chosen), held_out, wanted.seed) if held_out else -1
-    before = Tally(draw(total, min(PROBED_ROWS, total), wanted.seed), tokens)
+    tallies = partial(_tally, seed=wanted.seed, tokens=tokens, repeats=judge is None)
+    before = tallies(total)
     with ExitStack() as outputs:
-        trained = outputs.enter_context(Output(output, source.schema, _tally(rows, wanted.seed, tokens)))
+        trained = outputs.enter_context(Output(output, source.schema, tallies(rows)))
         other = trained
         if validation is not None:
-            other = outputs.enter_context(Output(validation, source.schema, _tally(held_out, wanted.seed, tokens)))
+            other = outputs.enter_context(Output(validation, source.schema, tallies(held_out)))
         for table in drawn(_looked_at(source.tables(), before, tell), chosen):
             if not held_out:
                 trained.add(table)
@@ -205,12 +223,16 @@ def sample(
             here = contents(Text.of(table), wanted.seed) > border
             trained.add(table.filter(pa.array(here)))
             other.add(table.filter(pa.array(~here)))
-    gone = Counter(map(Verdict, judge.verdicts.tolist())) if judge is not None else {}
+    gone = Counter(map(Verdict, judge.verdicts.tolist())) if judge is not None else Counter()
     runs = min(before.runs, trained.tally.runs)
+    sides = [tally.summary(runs) for tally in (before, trained.tally, other.tally)]
+    if judge is not None:  # who has compared all, and kept none twice
+        for side, repeated in zip(sides, (gone[Verdict.DUPLICATE] / total, 0.0, 0.0), strict=True):
+            side["duplicates"] = repeated
     return Sampled(
-        before=before.summary(runs),
-        after=trained.tally.summary(runs),
-        validation=other.tally.summary(runs) if validation is not None else None,
+        before=sides[0],
+        after=sides[1],
+        validation=sides[2] if validation is not None else None,
         asked=wanted.asked(total),
         enough=(rows, held_out) == (wanted.asked(total), ceil(rows * wanted.validation)),
         gone={verdict.name.lower(): count for verdict, count in sorted(gone.items()) if verdict != Verdict.KEPT},
@@ -221,8 +243,8 @@ def sample(
     )
 
 
-def _tally(rows: int, seed: int, tokens: Tokens | None) -> Tally:
-    return Tally(draw(rows, min(PROBED_ROWS, rows), seed), tokens)
+def _tally(rows: int, seed: int, tokens: Tokens | None, *, repeats: bool) -> Tally:
+    return Tally(draw(rows, min(PROBED_ROWS, rows), seed), tokens, repeats=repeats)
 
 
 def draw(total: int, wanted: int, seed: int, chunk: int = CHUNK) -> Numbers:

@@ -66,16 +66,20 @@ def print_inspected(made: Inspected) -> None:
 def _print_sides(sides: Sequence[tuple[str, Mapping[str, float], int]]) -> None:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("", overflow="fold")
-    for name in ("rows", "characters", "mean", "p50", "p95", "max", "distinct", "size"):
+    for name in ("rows", "characters", "mean", "p50", "p95", "max", "distinct", "repeated", "size"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, side, held in sides:
         table.add_row(
             escape(name), f"{side['rows']:,}", f"{side['characters']:,}", f"{side['mean']:.1f}", f"{side['p50']:,}",
-            f"{side['p95']:,}", f"{side['max']:,}", f"{side['distinct_runs']:.1%}", size(held),
+            f"{side['p95']:,}", f"{side['max']:,}", f"{side['distinct_runs']:.1%}", f"{side['duplicates']:.1%}",
+            size(held),
         )  # fmt: skip
     out.print(table)
     for name, side, _ in sides:
         if "tokens_mean" in side:
             points = ", ".join(f"{point} {side[f'tokens_{point}']:,.0f}" for point in ("mean", "p50", "p95", "max"))
             out.print(f"{escape(name)}: tokens of some thousand rows: {points}")
-    out.print("Lengths in characters of what is trained on; distinct: of runs of five of them, as many of each file.")
+    out.print(
+        "Lengths in characters of what is trained on; distinct: of runs of five of them, as many of each file; "
+        "repeated: rows whose words one before has."
+    )

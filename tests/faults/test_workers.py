@@ -25,7 +25,7 @@ from autotune.errors import MachineError
 from autotune.measure import trace_sizes, try_size
 from autotune.process import WorkerCrashedError, ask
 from cli import commands
-from cli.commands import _look_at_data
+from cli.commands import look_at_data
 from profiles import resolve
 
 HERE = Path(__file__).parent
@@ -113,7 +113,7 @@ def trace(way: str) -> None:
 def data(way: str) -> None:
     """No answer is one, not even a dry step's."""
     with pytest.raises((WorkerCrashedError, MachineError)):
-        _look_at_data(resolve({}, None, None).settings, 1, demo=False)
+        look_at_data(resolve({}, None, None).settings, 1, demo=False)
 
 
 def limit_of(way: str) -> float:
