@@ -59,8 +59,7 @@ def train(errand: Train, stop: Callable[[], bool], ranks: Ranks = ALONE) -> Iter
     if found is not None:
         yield run.restore(found)
     yield verified
-    total = run.total_steps
-    yield {"kind": "event", "event": "started", "step": run.progress.step, "total_steps": total, "samples": len(store)}
+    yield {"kind": "event", "event": "started", "step": run.progress.step, "samples": len(store)} | run.rhythm()
     counted, tally = utilization(errand.plan, run.state.model), Tally(run.progress.step)
     for row in run.rows():
         yield tally.timed(row, counted)
@@ -156,13 +155,26 @@ class Run:
     def _is_out_of_patience(self) -> bool:
         return self.progress.best.without >= (self.errand.recipe.early_stopping or math.inf)
 
+    def rhythm(self) -> Metrics:
+        """Say how many steps there are, and when evaluations and checkpoints come between them."""
+        saving = self.errand.saving
+        return {
+            "total_steps": self.total_steps,
+            "evaluates_every": self._evaluates_every,
+            "saves_every": saving.every_steps or (self.steps_per_epoch if saving.each_epoch else None),
+            "saves_every_seconds": saving.every_seconds,
+        }
+
+    @property
+    def _evaluates_every(self) -> int:
+        """Return after how many steps an evaluation comes: those asked for, an epoch's, or without data all."""
+        asked = self.errand.recipe.eval_every
+        return asked or (self.steps_per_epoch if self.evaluator.validation else self.total_steps)
+
     def _evaluation_is_due(self) -> bool:
-        """Say whether the step that is done is followed by an evaluation: each epoch, or every so many; the last is."""
-        every = self.errand.recipe.eval_every
-        if every is None:
-            every = self.steps_per_epoch if self.evaluator.validation else self.total_steps
+        """Say whether the step that is done is followed by an evaluation; the last one is."""
         step = self.progress.step
-        return step > 0 and (step % every == 0 or step == self.total_steps)
+        return step > 0 and (step % self._evaluates_every == 0 or step == self.total_steps)
 
     def _evaluate(self) -> Generator[Metrics, None, bool]:
         """Evaluate, in smaller micro-batches where memory runs out; return whether the model is the best so far."""

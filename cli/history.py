@@ -1,0 +1,246 @@
+"""What the folder of a run tells, while it is written and after: rows, plan, settings, checkpoints. Writes nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import socket
+from array import array
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+from autotune.errors import ConfigurationError
+from autotune.plan import Plan
+from autotune.remaining import Left, Pace
+from cli.lock import LOCK
+
+Metrics = dict[str, Any]
+COLUMNS = (
+    "step",
+    "epoch",
+    "loss",
+    "learning_rate",
+    "gradient_norm",
+    "samples",
+    "tokens",
+    "padded_tokens",
+    "micro_batches",
+    "data_seconds",
+    "seconds",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "model_flops_utilization",
+)
+"""Of the rows of steps, what is kept: numbers alone, so that a run of a million steps has room."""
+TAIL_BYTES = 64 * 2**10
+ENDED = ("finished", "stopped")
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that lies there."""
+
+    step: int
+    bytes: int
+    saved_at: float
+    """Seconds since the epoch of the clock."""
+
+
+class Tail:
+    """The whole lines that were added to a file of JSON lines since the last look.
+
+    A run that goes on cuts its file first: that what was read last is still where it was tells whether it did.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._at, self._last = 0, b""
+
+    def read(self) -> tuple[list[Metrics], bool]:
+        """Return new rows, and whether they are all there are, since it was cut; what is no row is passed over."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._at - len(self._last))
+                anew = file.read(len(self._last)) != self._last
+                if anew:
+                    file.seek(0)
+                    self._at, self._last = 0, b""
+                words = file.read()
+        except OSError:
+            return [], False
+        whole = words[: words.rfind(b"\n") + 1]
+        self._at += len(whole)
+        lines = whole.splitlines(keepends=True)
+        self._last = lines[-1] if lines else self._last
+        return [row for line in lines if (row := _row(line)) is not None], anew
+
+
+def _row(line: bytes) -> Metrics | None:
+    with suppress(ValueError, RecursionError):
+        row = json.loads(line)
+        if isinstance(row, dict) and _is_number(row.get("step")):
+            return row
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass
+class History:
+    """One run, as far as its folder tells; `refresh` takes in what is new."""
+
+    folder: Path
+    plan: Plan | None = None
+    """None where there is none, or none that can be read."""
+    columns: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in COLUMNS})
+    """Of the steps, by name, all of one length; nan where a row does not say, or said that it is no number."""
+    validations: list[Metrics] = field(default_factory=list)
+    events: list[Metrics] = field(default_factory=list)
+    started: int = 0
+    """Steps of `columns` that were taken before the process began that wrote the last rows."""
+
+    def __post_init__(self) -> None:
+        self._tail = Tail(self.folder / "metrics.jsonl")
+        self._pace = Pace()
+        self._plan_written = 0.0
+        self.refresh()
+
+    @property
+    def name(self) -> str:
+        """What people call it: the folder's name."""
+        return self.folder.resolve().name
+
+    @property
+    def steps(self) -> int:
+        """The last step that was taken."""
+        return int(self.columns["step"][-1]) if self.columns["step"] else 0
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run, as its last beginning said, or a change since; 0 where nothing is known."""
+        told = [row["total_steps"] for row in self.events if _is_number(row.get("total_steps"))]
+        return int(told[-1]) if told else 0
+
+    def refresh(self) -> bool:
+        """Take in what was written since; return whether there was anything."""
+        rows, anew = self._tail.read()
+        if anew:
+            for column in self.columns.values():
+                del column[:]
+            self.validations.clear()
+            self.events.clear()
+            self.started, self._pace = 0, Pace()
+        for row in rows:
+            self._take(row)
+        return self._read_plan() or bool(rows)
+
+    def left(self) -> Left | None:
+        """Return what is left of the run's time, by what its own process took; None before its first steps."""
+        return self._pace.left(self.plan)
+
+    def _take(self, row: Metrics) -> None:
+        self._pace.add(row)
+        if row.get("kind") == "train":
+            for name, column in self.columns.items():
+                column.append(float(row[name]) if _is_number(row.get(name)) else math.nan)
+        elif row.get("kind") == "validation":
+            self.validations.append(row)
+        elif row.get("kind") == "event" and isinstance(row.get("event"), str):
+            if row["event"] == "started":
+                self.started = len(self.columns["step"])
+            self.events.append(row)
+
+    def _read_plan(self) -> bool:
+        file = self.folder / "plan.json"
+        with suppress(OSError, ValueError):
+            written = file.stat().st_mtime
+            if written != self._plan_written:
+                self._plan_written = written
+                self.plan = Plan.from_json(file.read_text(encoding="utf-8"))
+                return True
+        return False
+
+    @property
+    def state(self) -> str:
+        """`running`, `finished`, `stopped`, or `died` where it is none of these and nobody holds its folder."""
+        if _holder(self.folder) is not None:
+            return "running"
+        last = self.events[-1]["event"] if self.events else ""
+        return last if last in ENDED else "died"
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Return those that lie there, the oldest first."""
+        found = []
+        for folder in (self.folder / "checkpoints").glob("step-*"):
+            with suppress(OSError, ValueError):
+                held = sum(file.stat().st_size for file in folder.iterdir())
+                saved = (folder / "manifest.json").stat().st_mtime
+                found.append(Checkpoint(int(folder.name.removeprefix("step-")), held, saved))
+        return sorted(found)
+
+    def log_lines(self, most: int) -> list[str]:
+        """Return the last lines of what the worker said."""
+        try:
+            with (self.folder / "log.txt").open("rb") as file:
+                file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
+                return file.read().decode(errors="replace").splitlines()[-most:]
+        except OSError:
+            return []
+
+    def samples(self) -> list[Metrics]:
+        """Return how fixed prompts were answered, in the order of steps."""
+        try:
+            lines = (self.folder / "samples.jsonl").read_bytes().splitlines()
+        except OSError:
+            return []
+        return [row for line in lines if (row := _row(line)) is not None]
+
+    def settings(self) -> list[tuple[str, str, str]]:
+        """Return what the run was given: name, value as TOML, origin."""
+        try:
+            lines = (self.folder / "config.toml").read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            return []
+        found = (re.fullmatch(r"(?:# )?(\w+) = (.*)  # (.*)", line) for line in lines)
+        return [(match[1], match[2], match[3]) for match in found if match]
+
+
+def _holder(folder: Path) -> int | None:
+    """Return the process that holds a run's folder, as it signed; None where it is gone.
+
+    One on another machine cannot be asked: it is taken to be there as long as its lock file is.
+    """
+    try:
+        signed = re.match(r"process (\d+) on (\S+) since", (folder / LOCK).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+    if signed is None:
+        return None
+    process_id = int(signed[1])
+    return process_id if signed[2] != socket.gethostname() or psutil.pid_exists(process_id) else None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run lies in a folder."""
+    return (folder / "metrics.jsonl").is_file() or (folder / "plan.json").is_file()
+
+
+def find_runs(named: list[str]) -> list[Path]:
+    """Return the folders that were named, or the runs under `runs/`, the newest first.
+
+    Raises ConfigurationError for a name that is no run.
+    """
+    if not named:
+        found = [folder for folder in Path("runs").glob("*") if is_run(folder)]
+        return sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)
+    for name in named:
+        if not is_run(Path(name)):
+            what = "holds no run" if Path(name).is_dir() else "no such folder"
+            raise ConfigurationError(f"{name}: {what}", "give the folder of a run, such as runs/NAME")
+    return [Path(name) for name in named]
