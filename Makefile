@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SMOKE := .venv-smoke/bin
 PEERS := .venv-peers/bin
-PURE := autotune/plan.py,autotune/evidence.py,autotune/search.py,autotune/account.py,autotune/alternatives.py,autotune/estimate.py,autotune/levers.py,autotune/inputs.py,autotune/batching.py,autotune/layout.py,autotune/forecast.py,autotune/bottleneck.py,autotune/errands.py,trainer/microbatch.py,trainer/progress.py
+PURE := autotune/plan.py,autotune/evidence.py,autotune/search.py,autotune/account.py,autotune/alternatives.py,autotune/estimate.py,autotune/levers.py,autotune/inputs.py,autotune/batching.py,autotune/layout.py,autotune/forecast.py,autotune/shapes.py,autotune/speed.py,autotune/remaining.py,autotune/bottleneck.py,autotune/errands.py,trainer/microbatch.py,trainer/progress.py
 
 .PHONY: help demo test check slow faults faults-full smoke bench clean
 help:

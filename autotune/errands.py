@@ -12,7 +12,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, TypeAdapter
 
-from autotune.plan import Backend, Device, Fact, Layout, Plan, Precision, Stage, Task, Timed, Timing, Traced, Workload
+from autotune.plan import (
+    Answering,
+    Backend,
+    Device,
+    Fact,
+    Layout,
+    Plan,
+    Precision,
+    Stage,
+    Task,
+    Timed,
+    Timing,
+    Traced,
+    Workload,
+)
 
 LOST_A_PEER = 76
 """Exit code of a worker that failed for want of another rank: EX_PROTOCOL of sysexits.h."""
@@ -209,6 +223,7 @@ class DryReport(Fact):
     """Layouts that were seen to change this model's gradient; only looked for beside an excerpt."""
     matrix_flops: dict[Precision, float]
     """Operations a second of dense matrix products, at the workload's precision and in fp32."""
+    answering: Answering | None
 
 
 class SavedModel(Fact):
@@ -273,6 +288,16 @@ class Resume(Fact):
     """Whether to begin anew, from its weights."""
 
 
+class TimeLimit(Fact):
+    """When a run has to end, its model saved."""
+
+    seconds: float
+    """From now on."""
+    until: float | None
+    """The same as a time of the clock, in seconds since its epoch, which holds for a run that goes on too; else what
+    the run took before counts."""
+
+
 class Train(Fact):
     """Train a plan."""
 
@@ -287,6 +312,7 @@ class Train(Fact):
     data_contents: str
     """Hash of the samples (`DataSummary.contents`)."""
     saving: Saving
+    time_limit: TimeLimit | None
     resume: Resume | None
     backend: Backend | None
     heartbeat_seconds: Annotated[float, Field(gt=0)]

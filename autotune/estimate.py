@@ -12,10 +12,12 @@ from autotune.errands import TraceReport
 from autotune.errors import ConfigurationError, NothingFitsError
 from autotune.evidence import MemoryModel, fit
 from autotune.explore import TraceSizes
-from autotune.forecast import expect, forecast_run, roofline_speed
+from autotune.forecast import forecast_run
 from autotune.inputs import PlanInputs
 from autotune.plan import SCHEMA, Alternative, Batching, EvidenceSummary, Plan, Rates, Speed, Workload
 from autotune.search import sizes_to_trace
+from autotune.shapes import expect
+from autotune.speed import roofline_speed
 
 ERROR = 0.15
 """By which an estimated peak may be wrong, for people: the published runs it was held against lie within."""
@@ -89,10 +91,8 @@ def _look_at(workload: Workload, inputs: PlanInputs, rates: Rates | None, trace:
 def _write(best: _Way, ways: list[_Way], inputs: PlanInputs, rates: Rates | None) -> Plan:
     hardware, rows = inputs.hardware, best.batching.micro_batch_size
     forecast = None
-    if inputs.data and best.speed:
-        forecast = forecast_run(
-            inputs.recipe, inputs.data, inputs.validation, best.workload, best.batching, best.speed, None
-        )
+    if best.speed:
+        forecast = forecast_run(inputs, best.workload, best.batching, best.speed, None, None, measured=False)
     return Plan(
         schema_name=SCHEMA,
         workload=best.workload,

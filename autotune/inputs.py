@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from autotune.account import Budget, set_budget
 from autotune.batching import largest_share, reach, useful_sizes
-from autotune.errands import DataSummary, Recipe
-from autotune.forecast import most_packed_rows
+from autotune.errands import DataSummary, Recipe, Saving
 from autotune.plan import Batching, Hardware, LimitedBy, Request, Workload
+from autotune.shapes import most_packed_rows
 
 
 class PlanInputs(NamedTuple):
@@ -20,6 +20,9 @@ class PlanInputs(NamedTuple):
     recipe: Recipe
     data: DataSummary | None
     validation: DataSummary | None
+    saving: Saving
+    max_seconds: float | None = None
+    """That the run may take."""
 
     @property
     def budget(self) -> Budget:

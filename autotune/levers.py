@@ -11,9 +11,9 @@ from autotune.errors import NothingFitsError
 from autotune.estimate import estimate
 from autotune.evidence import traced_work
 from autotune.explore import TraceSizes
-from autotune.forecast import Histogram
 from autotune.inputs import PlanInputs
 from autotune.plan import Hardware, Plan, Rates, Traced, Workload
+from autotune.shapes import Histogram
 
 FLOPS_PER_BYTE = 10.0
 """Of a processor, between what it multiplies and what it moves: 5 (fp32) to 20 (bf16) on those at hand."""

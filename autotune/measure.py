@@ -37,6 +37,7 @@ UNMEASURED: dict[str, Any] = {
     "expected_peak_bytes": None,
     "inexact": (),
     "matrix_flops": {},
+    "answering": None,
 }
 """Of a trial that did not complete, what a report would tell."""
 

@@ -200,7 +200,18 @@ class Forecast(Fact):
     """Of its steps alone."""
     validation_seconds: float
     """Of one pass over the validation data; 0 without any."""
+    answer_seconds: float
+    """Of the answers that one evaluation has the model give, at their longest."""
+    saving_seconds: float
+    """Of one checkpoint, at the rate of a slow disk."""
+    evaluations: int
+    checkpoints: int
+    asked_steps: int
+    """Without a limit of time."""
     total_seconds: float
+    """Of all of them together."""
+    error: float
+    """Share by which the total may be wrong, either way, in two of three runs."""
     padded_tokens_per_sample: float
     """Mean tokens that a sample costs, padding included, under the plan's layout."""
 
@@ -228,6 +239,21 @@ class Timed(Fact):
     padded_tokens: tuple[int, ...]
     """Of each repeat: their mean length is not that of all the data."""
     seconds: tuple[float, ...]
+
+
+class Answering(Fact):
+    """How long a model takes to answer rows of the data, many at a time, as an evaluation has it do."""
+
+    rows_at_once: PositiveInt
+    """That there is room for between two steps."""
+    prompt_tokens: float
+    """Mean."""
+    longest_answer: PositiveInt
+    """Tokens, of as many rows as are scored by default: so far the answers to all of them may go on."""
+    seconds_of_token: float
+    """Of one row."""
+    seconds_of_further_row: float
+    """For the same token of each row beside it."""
 
 
 class Trial(Fact):
@@ -260,6 +286,8 @@ class Trial(Fact):
     """Layouts that were seen to change this model's gradient."""
     matrix_flops: dict[Precision, float]
     """Operations a second of dense matrix products, at the workload's precision and in fp32; empty if not measured."""
+    answering: Answering | None
+    """None where it was not measured, as without data."""
     seconds: float
     """Wall time of the trial, imports and model included."""
     message: str

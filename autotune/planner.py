@@ -12,7 +12,7 @@ from autotune.batching import largest_share
 from autotune.errors import ConfigurationError, NothingFitsError
 from autotune.evidence import Evidence, alike
 from autotune.explore import Exploration, Measuring, Timing, Trials
-from autotune.forecast import beats, compile_seconds, expect, fastest, forecast_run, measure_speed, seconds_per_sample
+from autotune.forecast import forecast_run
 from autotune.inputs import PlanInputs
 from autotune.plan import (
     SCHEMA,
@@ -30,6 +30,8 @@ from autotune.plan import (
 )
 from autotune.process import WorkerCrashedError
 from autotune.search import EXPLORED, is_safe, is_within
+from autotune.shapes import expect
+from autotune.speed import beats, compile_seconds, fastest, measure_speed, seconds_per_sample
 
 FASTER = 1.05
 """A smaller micro-batch, or another layout, is taken when it was faster by this factor in each of its repeats."""
@@ -348,13 +350,13 @@ class Planner:
         )
 
     def _forecast(self, exploration: Exploration, batching: Batching, speed: Speed | None) -> Forecast | None:
-        inputs = self._inputs
-        if inputs.data is None or speed is None:
+        if speed is None:
             return None
         rows, layout = batching.micro_batch_size, exploration.workload.layout
         timed = [t for tried in exploration.trials for t in tried.timed if (t.rows, t.layout) == (rows, layout)]
         most = max(timed, key=lambda t: t.samples * len(t.seconds), default=None)
-        return forecast_run(inputs.recipe, inputs.data, inputs.validation, exploration.workload, batching, speed, most)
+        answering = next((t.answering for t in reversed(exploration.trials) if t.answering), None)
+        return forecast_run(self._inputs, exploration.workload, batching, speed, most, answering, measured=True)
 
 
 def summarise(

@@ -1,7 +1,8 @@
-"""What is left of a run's time: from what its steps, evaluations and checkpoints took in this process. Pure."""
+"""What a run takes, and what is left of it: steps, evaluations and checkpoints, by what each takes. Pure."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,11 +17,47 @@ BLOCKS = 8
 """That the window is divided into, to see how even the rate is."""
 LEAST_ERROR = 0.03
 UNSEEN_ERROR = 0.5
-"""Of an evaluation that has not been seen to its end: what a plan says of it leaves out the answers' lengths."""
+"""Of an evaluation that has not been seen to its end: how long answers get is not known before they are given."""
+
+
+class Costs(NamedTuple):
+    """The seconds that each part of a run takes, and how often it comes."""
+
+    step: float
+    evaluation: float
+    checkpoint: float
+    evaluates_every: int | None
+    """Steps; the last one is evaluated too. None where nothing is."""
+    saves_every: int | None
+    saves_every_seconds: float | None
+    saves_best: bool
+    """Whether an evaluation may be followed by a checkpoint, as the best so far."""
+
+    def evaluations(self, first: int, last: int) -> int:
+        """Count those after the steps behind `first`, up to `last`, which ends the run."""
+        return _points(first, last, self.evaluates_every)
+
+    def checkpoints(self, first: int, last: int) -> float:
+        """Count those of the same steps; how many the clock asks for is no whole number."""
+        by_steps = _points(first, last, self.saves_every)
+        evaluated = self.evaluations(first, last) * self.saves_best
+        by_time = (last - first) * self.step / self.saves_every_seconds if self.saves_every_seconds else 0.0
+        return max(by_steps, evaluated, min(1, last - first)) + by_time
+
+    def seconds(self, first: int, last: int) -> float:
+        """Return what the steps behind `first` up to `last` take, and the model's own saving at the end."""
+        saves = self.checkpoints(first, last) + 1
+        return (last - first) * self.step + self.evaluations(first, last) * self.evaluation + saves * self.checkpoint
+
+    def last_within(self, first: int, most: int, seconds: float) -> int:
+        """Return the last step, at most `most`, by which a run is done in so many seconds; `first` where none is."""
+        return first + max(
+            0, bisect_right(range(first, most + 1), seconds, key=lambda last: self.seconds(first, last)) - 1
+        )
 
 
 class Left(NamedTuple):
-    """Seconds to the end: of steps, evaluations, checkpoints, and the model's own saving."""
+    """Seconds to the end."""
 
     seconds: float
     low: float
@@ -34,13 +71,13 @@ class Pace:
     total_steps: int = 0
     step: int = 0
     evaluates_every: int | None = None
-    """Steps; None where it does not, or is not told to."""
     saves_every: int | None = None
     saves_every_seconds: float | None = None
+    saves_best: bool = False
     steps: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     """Seconds of each but the first of this process, which warms up."""
     evaluations: deque[float] = field(default_factory=lambda: deque(maxlen=BLOCKS))
-    saves: deque[float] = field(default_factory=lambda: deque(maxlen=BLOCKS))
+    checkpoints: deque[float] = field(default_factory=lambda: deque(maxlen=BLOCKS))
     _own: int = 0
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -59,44 +96,51 @@ class Pace:
         elif kind == "validation" or event == "sampled":
             self.evaluations.append(seconds)
         elif event == "checkpoint":
-            self.saves.append(seconds)
+            self.checkpoints.append(seconds)
 
     def _begin(self, row: Mapping[str, Any]) -> None:
         self.total_steps, self.step, self._own = row["total_steps"], row["step"], 0
-        self.evaluates_every = row.get("evaluates_every")
+        self.evaluates_every, self.saves_best = row.get("evaluates_every"), bool(row.get("saves_best"))
         self.saves_every, self.saves_every_seconds = row.get("saves_every"), row.get("saves_every_seconds")
-        for seen in (self.steps, self.evaluations, self.saves):
+        for seen in (self.steps, self.evaluations, self.checkpoints):
             seen.clear()
 
-    def left(self, plan: Plan | None) -> Left | None:
-        """Return what is left, by the plan where this process has not met a thing yet; None where nothing is known.
-
-        The range is that of the rate over blocks of the window, two standard deviations either way.
-        """
-        planned = _planned_step(plan)
-        if not self.total_steps or not (self.steps or planned):
+    def costs(self, plan: Plan | None) -> Costs | None:
+        """Return what each part takes, by the plan where this process has not met it yet; None where nothing says."""
+        cast = plan.forecast if plan else None
+        planned = cast.seconds_per_epoch / cast.steps_per_epoch if cast else 0.0
+        if not (self.steps or planned):
             return None
-        each = fmean(self.steps) if self.steps else planned
-        training = (self.total_steps - self.step) * each
-        evaluating = _points(self.step, self.total_steps, self.evaluates_every) * self._evaluation(plan, each, planned)
-        saving = self._saves_left(training) * (fmean(self.saves) if self.saves else 0.0)
-        error = self._uneven() * training + (0.0 if self.evaluations else UNSEEN_ERROR * evaluating)
-        total = training + evaluating + saving
+        step = fmean(self.steps) if self.steps else planned
+        slower = step / planned if planned else 1.0
+        evaluation = (cast.validation_seconds + cast.answer_seconds) * slower if cast else 0.0
+        return Costs(
+            step=step,
+            evaluation=fmean(self.evaluations) if self.evaluations else evaluation,
+            checkpoint=fmean(self.checkpoints) if self.checkpoints else cast.saving_seconds if cast else 0.0,
+            evaluates_every=self.evaluates_every,
+            saves_every=self.saves_every,
+            saves_every_seconds=self.saves_every_seconds,
+            saves_best=self.saves_best,
+        )
+
+    def left(self, plan: Plan | None) -> Left | None:
+        """Return what is left; None where nothing is known.
+
+        The range is that of the rate over blocks of the window, two standard deviations either way, and of an
+        evaluation that this process has not seen.
+        """
+        costs = self.costs(plan)
+        if not self.total_steps or costs is None:
+            return None
+        if self.step >= self.total_steps:
+            return Left(0.0, 0.0, 0.0)
+        total = costs.seconds(self.step, self.total_steps)
+        unseen = 0.0 if self.evaluations else UNSEEN_ERROR * costs.evaluation
+        error = self._uneven() * (self.total_steps - self.step) * costs.step
+        error += unseen * costs.evaluations(self.step, self.total_steps)
         error = max(error, LEAST_ERROR * total)
         return Left(total, max(0.0, total - error), total + error)
-
-    def _evaluation(self, plan: Plan | None, each: float, planned: float) -> float:
-        if self.evaluations:
-            return fmean(self.evaluations)
-        cast = plan.forecast if plan else None
-        slower = each / planned if planned else 1.0
-        return cast.validation_seconds * slower if cast else 0.0
-
-    def _saves_left(self, training: float) -> float:
-        """Count checkpoints to come, the model at the end as one: each evaluation may be the best so far."""
-        by_steps = _points(self.step, self.total_steps, self.saves_every)
-        by_time = training / self.saves_every_seconds if self.saves_every_seconds else 0.0
-        return max(by_steps, by_time, _points(self.step, self.total_steps, self.evaluates_every), 1) + 1
 
     def _uneven(self) -> float:
         size = len(self.steps) // BLOCKS
@@ -107,11 +151,6 @@ class Pace:
         return 2 * pstdev(blocks) / fmean(blocks)
 
 
-def _planned_step(plan: Plan | None) -> float:
-    cast = plan.forecast if plan else None
-    return cast.seconds_per_epoch / cast.steps_per_epoch if cast else 0.0
-
-
-def _points(step: int, total: int, every: int | None) -> int:
+def _points(first: int, last: int, every: int | None) -> int:
     """Count the multiples of `every` past a step, and the last step, which always is one; none where it is None."""
-    return 0 if every is None or step >= total else -(-total // every) - step // every
+    return 0 if every is None or first >= last else -(-last // every) - first // every

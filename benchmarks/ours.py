@@ -21,6 +21,8 @@ from autotune.plan import Request, Workload
 from autotune.planner import Planner
 from autotune.process import Worker
 
+SAVING = Saving(every_steps=None, every_seconds=None, each_epoch=False, keep_last=2)
+
 
 def main() -> None:
     report, errand = Reports(), json.loads(sys.argv[1])
@@ -35,7 +37,7 @@ def main() -> None:
     )  # fmt: skip
     workload = Workload.model_validate(errand["workload"])
     with Workers() as workers:
-        planner = Planner(PlanInputs(workload, read_hardware(Path()), request, recipe, None, None), workers)
+        planner = Planner(PlanInputs(workload, read_hardware(Path()), request, recipe, None, None, SAVING), workers)
         for trial in planner.make():
             report("forward", trial.micro_batch_size)
             for _ in trial.timings:
@@ -49,9 +51,9 @@ def main() -> None:
     folder = errand["folder"]
     train = Train(
         plan=plan, recipe=recipe, store=f"{folder}/store", validation_store=None, tokenizer_dir=f"{folder}/tokenizer",
-        ids=TokenIds(pad=0, eos=1, bos=None), output_dir=f"{folder}/run", tensorboard=False,
+        ids=TokenIds(pad=0, eos=1, bos=None), output_dir=f"{folder}/run", tensorboard=False, time_limit=None,
         data_contents="", resume=None, backend=None, heartbeat_seconds=60,
-        saving=Saving(every_steps=None, every_seconds=None, each_epoch=False, keep_last=2),
+        saving=SAVING,
     )  # fmt: skip
     with Worker(plan.hardware.cores, plan.workload.cpu_allocator) as worker:
         worker.give(train)

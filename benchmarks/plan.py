@@ -54,6 +54,8 @@ MIXED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SIZES = (4, 10)
 """Rows that the two limits of a case are made for."""
 GIB, MIB = 2**30, 2**20
+SAVING = Saving(every_steps=None, every_seconds=None, each_epoch=False, keep_last=2)
+
 RECIPE = Recipe(
     epochs=1, max_steps=STEPS, learning_rate=1e-4, schedule="constant", warmup=0, div_factor=25, weight_decay=0.1,
     clip=1.0, seed=42, samples=0, bleu_rows=0, prompts=(), eval_every=None, early_stopping=None,
@@ -259,7 +261,7 @@ def at_limit(case: Case, work: Workload, hardware: Hardware, limit: int, folder:
     )  # fmt: skip
     began = time.perf_counter()
     with Workers() as workers:
-        planner = Planner(PlanInputs(work, hardware, request, RECIPE, None, None), workers)
+        planner = Planner(PlanInputs(work, hardware, request, RECIPE, None, None, SAVING), workers)
         list(planner.make())
     plan_seconds = time.perf_counter() - began
     plan, evidence = planner.plan, planner.evidence
@@ -343,9 +345,9 @@ def train(plan: Plan, folder: Path, shares: tuple[float, ...]) -> int:
     errand = Train(
         plan=plan.model_copy(update={"batching": batching}), recipe=RECIPE, store=str(folder / "train"),
         validation_store=str(folder / "validation"), tokenizer_dir=str(folder / "tokenizer"),
-        ids=TokenIds(pad=0, eos=1, bos=None), output_dir=str(folder / "run"), tensorboard=False,
+        ids=TokenIds(pad=0, eos=1, bos=None), output_dir=str(folder / "run"), tensorboard=False, time_limit=None,
         data_contents="", resume=None, backend=None, heartbeat_seconds=60,
-        saving=Saving(every_steps=None, every_seconds=None, each_epoch=False, keep_last=2),
+        saving=SAVING,
     )  # fmt: skip
     with Worker(plan.hardware.cores, work.cpu_allocator) as worker:
         worker.give(errand)

@@ -9,9 +9,10 @@ from math import ceil
 from autotune.batching import PADDING_MULTIPLE, STARTING_TOKENS, largest_share
 from autotune.errands import Preprocessed
 from autotune.errors import ConfigurationError
-from autotune.forecast import padding_share
 from autotune.plan import Hardware, Layout, LossHead, Precision
-from profiles import Settings, parse_bytes
+from autotune.shapes import padding_share
+from profiles import Settings
+from profiles.values import parse_bytes
 
 WORTH_PACKING = 0.05
 """Share of padding below which plain rows are taken."""

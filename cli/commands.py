@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from cli.wiring import (
     fit_plan,
     make_inputs,
     make_request,
+    make_time_limit,
     memory_wishes,
     preprocess_errand,
     read_plan,
@@ -217,11 +219,13 @@ def train_command(
     resuming: Resuming,
 ) -> None:
     """Plan unless there is a plan, then train it, from the beginning or from a checkpoint."""
+    began = datetime.now().astimezone()
     resolved = resolve(given, config, profile)
     if show_config:
         print_config(resolved)
         return
     check_reporting(resolved.settings)
+    make_time_limit(resolved.settings, began)  # refused at once, where it is none
     among = launched(resolved.settings.ranks)
     if among is not None and among.rank > 0:
         _follow(resolved.settings)
@@ -249,7 +253,7 @@ def train_command(
         write = partial(write_run, run.folder, resolved, job.settings, job.plan, job.evidence)
         if run.resume is None:
             write()
-        train(job, run, lock, Going(write, again, launches=among is None))
+        train(job, run, lock, Going(write, again, among is None, began))
 
 
 def _follow(settings: Settings) -> None:

@@ -6,11 +6,12 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from types import FrameType
 
 import typer
 
-from autotune.errands import LOST_A_PEER, Follow, Preprocessed, Train
+from autotune.errands import LOST_A_PEER, Follow, Preprocessed, TimeLimit, Train
 from autotune.errors import MachineError, NothingFitsError, UserError
 from autotune.hardware import count_memory_kills, read_host_memory
 from autotune.plan import Hardware, Plan
@@ -20,7 +21,7 @@ from cli.render.console import err, say, show_command
 from cli.render.run import print_run
 from cli.render.units import gib
 from cli.runs import RunPlace
-from cli.wiring import choose_backend, make_recipe, make_saving
+from cli.wiring import choose_backend, make_recipe, make_saving, make_time_limit
 from profiles import Settings
 
 ENDINGS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, n)]
@@ -50,6 +51,8 @@ class Going:
     """The command that goes on after a stop."""
     launches: bool
     """Whether the other ranks are to be launched, and were not with this command."""
+    began: datetime
+    """When the command did, by which its time counts."""
 
 
 def train(job: Job, run: RunPlace, lock: int, going: Going) -> None:
@@ -65,7 +68,7 @@ def train(job: Job, run: RunPlace, lock: int, going: Going) -> None:
         _signals_to(worker) as signals,
         RunProgress() as progress,
     ):
-        worker.give(_errand(job, run))
+        worker.give(_errand(job, run, going.began))
         failed: Event = {}
         for event in worker.events():
             if event["event"] == "metrics":
@@ -86,7 +89,7 @@ def train(job: Job, run: RunPlace, lock: int, going: Going) -> None:
         raise typer.Exit(128 + signals[0])
 
 
-def _errand(job: Job, run: RunPlace) -> Train:
+def _errand(job: Job, run: RunPlace, began: datetime) -> Train:
     facts, settings = job.facts, job.settings
     assert facts.data is not None
     assert facts.tokenizer_dir is not None
@@ -101,11 +104,21 @@ def _errand(job: Job, run: RunPlace) -> Train:
         output_dir=str(run.folder),
         data_contents=facts.data.contents,
         saving=make_saving(settings),
+        time_limit=_time_left(settings, began),
         resume=run.resume,
         backend=choose_backend(settings),
         heartbeat_seconds=settings.heartbeat,
         tensorboard=settings.report_to == "tensorboard",
     )
+
+
+def _time_left(settings: Settings, began: datetime) -> TimeLimit | None:
+    """Return the limit of time less what the command has taken until now."""
+    limit = make_time_limit(settings, began)
+    if limit is None:
+        return None
+    taken = (datetime.now().astimezone() - began).total_seconds()
+    return limit.model_copy(update={"seconds": limit.seconds - taken})
 
 
 def follow(settings: Settings, facts: Preprocessed, hardware: Hardware) -> None:

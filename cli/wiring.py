@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+from datetime import datetime
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from autotune.batching import STARTING_TOKENS, balanced_cuts, largest_share
-from autotune.errands import Preprocess, Preprocessed, Recipe, Saving
+from autotune.errands import Preprocess, Preprocessed, Recipe, Saving, TimeLimit
 from autotune.errors import ConfigurationError
 from autotune.inputs import PlanInputs
 from autotune.plan import Backend, Hardware, Plan, Request, Workload
 from cli.choices import choose_layout, choose_loss_head, choose_precision, has_compiler, step_limits
-from profiles import Resolved, Settings, parse_bytes, parse_every, parse_headroom
+from profiles import Resolved, Settings
+from profiles.values import parse_bytes, parse_duration, parse_every, parse_headroom, parse_moment
 
 SAVE_SECONDS = 30.0 * 60
 LEARNING_RATES = {"pretrain": 5e-4, "sft": 1e-4}
@@ -92,7 +94,10 @@ def make_inputs(settings: Settings, facts: Preprocessed, hardware: Hardware, req
     """Put together all that a plan is made from."""
     workload = make_workload(settings, facts, hardware)
     recipe = make_recipe(settings, workload.stage)
-    return PlanInputs(workload, hardware, request, recipe, facts.data, facts.validation)
+    limit = make_time_limit(settings, datetime.now().astimezone())
+    max_seconds = limit.seconds if limit else None
+    saving = make_saving(settings)
+    return PlanInputs(workload, hardware, request, recipe, facts.data, facts.validation, saving, max_seconds)
 
 
 def make_request(resolved: Resolved, world_size: int, *, search: bool, offline: bool = False) -> Request:
@@ -191,6 +196,16 @@ def make_saving(settings: Settings) -> Saving:
         each_epoch=settings.save_every is None,
         keep_last=settings.keep_last,
     )
+
+
+def make_time_limit(settings: Settings, now: datetime) -> TimeLimit | None:
+    """Say when a command that began now has to end; None where it may take what it takes."""
+    if settings.max_time is not None:
+        return TimeLimit(seconds=parse_duration(settings.max_time), until=None)
+    if settings.finish_by is None:
+        return None
+    moment = parse_moment(settings.finish_by, now)
+    return TimeLimit(seconds=(moment - now).total_seconds(), until=moment.timestamp())
 
 
 def read_plan(file: str) -> Plan:

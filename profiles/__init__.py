@@ -6,7 +6,6 @@ is kept. An unknown key is an error. No torch.
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -18,8 +17,6 @@ from autotune.errors import ConfigurationError
 from profiles.names import ours
 
 FOLDER = Path(__file__).parent
-SECONDS = {"s": 1, "m": 60, "h": 3600}
-UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def _setting(default: Any, group: str, text: str, metavar: str = "", *, commas: bool = False) -> Any:
@@ -80,6 +77,14 @@ class Settings:
     )
     epochs: float = _setting(1.0, "Training", "Times through the data.")
     max_steps: int | None = _setting(None, "Training", "End after so many optimizer steps.", "N")
+    max_time: str | None = _setting(
+        None,
+        "Training",
+        "Time that the run may take, planning included, such as 6h: the steps that fit are taken, and the learning "
+        "rate ends with them.",
+        "TIME",
+    )
+    finish_by: str | None = _setting(None, "Training", "The same by the clock, such as 08:00.", "TIME")
     learning_rate: float | None = _setting(
         None, "Training", "Peak learning rate; 5e-4 for pretraining, 1e-4 for SFT where not given."
     )
@@ -243,37 +248,6 @@ def _parts(value: Any) -> Any:
     return tuple(sorted({part.strip() for word in words for part in word.split(",") if part.strip()}))
 
 
-def parse_bytes(text: str) -> int:
-    """Read a size such as 6GiB, 512M or 1073741824; K, M, G and T are powers of 1024."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if match is None:
-        raise ConfigurationError(f"{text!r} is no size", "write it like 6GiB or 512MiB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
-
-
-def parse_headroom(text: str) -> float:
-    """Read a share (`5%`, below 1) or a size (`512MiB`, in bytes)."""
-    if text.strip().endswith("%"):
-        try:
-            share = float(text.strip()[:-1]) / 100
-        except ValueError:
-            share = -1.0
-        if not 0 <= share < 1:
-            raise ConfigurationError(f"{text!r} is no share", "write it like 5%")
-        return share
-    size = parse_bytes(text)
-    return float(size) if size >= 1 else float(text)
-
-
-def parse_every(text: str) -> tuple[int | None, float | None]:
-    """Read how often to save: steps (`500`), or seconds (`90s`, `10m`, `2h`); the other one is None."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([smh]?)\s*", text)
-    number = float(match[1]) if match else 0.0
-    if match is None or not number or (not match[2] and number != int(number)):
-        raise ConfigurationError(f"{text!r} is no number of steps, and no time", "write it like 500, or 10m")
-    return (None, number * SECONDS[match[2]]) if match[2] else (int(number), None)
-
-
 def _read(file: Path) -> dict[str, Any]:
     """Read a flat TOML file, names with dashes or underscores."""
     try:
@@ -339,6 +313,12 @@ def _validated(values: Mapping[str, Any], origins: Mapping[str, str]) -> Setting
     if settings.validation_split is not None and not 0 < settings.validation_split < 1:
         origin = origins["validation_split"]
         raise ConfigurationError(f"validation_split = {settings.validation_split} ({origin}) must be between 0 and 1")
+    if settings.max_time is not None and settings.finish_by is not None:
+        raise ConfigurationError(
+            f"max_time = {settings.max_time} ({origins['max_time']}) and finish_by = {settings.finish_by} "
+            f"({origins['finish_by']}) both say when to end",
+            "leave one of them out",
+        )
     if settings.dropout is not None and not settings.dropout < 1:
         raise ConfigurationError(f"dropout = {settings.dropout} ({origins['dropout']}) must be below 1")
     if settings.early_stopping is not None and not (settings.validation or settings.validation_split):

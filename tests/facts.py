@@ -16,6 +16,7 @@ from autotune.plan import (
     Request,
     SizeRow,
     Speed,
+    Timed,
     Timing,
     Traced,
     Trial,
@@ -129,6 +130,7 @@ def completed(rows: int, phases: dict[str, int], **changes: Any) -> Trial:
         "expected_peak_bytes": None,
         "inexact": (),
         "matrix_flops": {},
+        "answering": None,
         "seconds": 8.0,
         "message": "",
     }
@@ -153,6 +155,11 @@ def timed(rows: int, *timings: tuple[int, float], update_seconds: float = 0.0, *
         Timing(padded_tokens=tokens, seconds=seconds, update_seconds=update_seconds) for tokens, seconds in timings
     )
     return completed(rows, {"forward_backward": GIB}, timings=steps, **changes)
+
+
+def clocked(rows: int, *seconds: float) -> Timed:
+    """What 16 samples took, again and again, in plain micro-batches of so many rows."""
+    return Timed(layout="fixed", rows=rows, samples=16, padded_tokens=(1024,) * len(seconds), seconds=seconds)
 
 
 def traced(rows: int, phases: dict[str, int]) -> Traced:
@@ -261,7 +268,13 @@ def plan(**changes: Any) -> Plan:
             total_steps=200,
             seconds_per_epoch=30.0,
             validation_seconds=0.0,
+            answer_seconds=0.0,
+            saving_seconds=0.0,
+            evaluations=2,
+            checkpoints=2,
+            asked_steps=200,
             total_seconds=60.0,
+            error=0.15,
             padded_tokens_per_sample=208.5,
         ),
         "alternatives": (),

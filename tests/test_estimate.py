@@ -20,7 +20,11 @@ def estimated(machine: Machine, hardware: Hardware = CARD, **changes: Any) -> Pl
     data, rates = changes.pop("data", None), changes.pop("rates", None)
     request = facts.request(**{"effective_batch_size": 240, "checkpointing": "given"} | changes)
     work = tiny_models.workload("llama", cpu_allocator="tight")
-    return estimate(PlanInputs(work, hardware, request, facts.recipe(epochs=2), data, None), rates, machine.trace_sizes)
+    return estimate(
+        PlanInputs(work, hardware, request, facts.recipe(epochs=2), data, None, facts.saving()),
+        rates,
+        machine.trace_sizes,
+    )
 
 
 def test_an_estimate_tries_nothing_and_says_what_the_trace_lets_fit() -> None:

@@ -68,6 +68,7 @@ def errand_of(tmp_path: Path, model: str = "tiny", **changes: Any) -> Train:
         "tokenizer_dir": done.tokenizer_dir,
         "ids": done.ids,
         "tensorboard": False,
+        "time_limit": None,
         "data_contents": done.data.contents,
         "saving": facts.saving(),
         "resume": None,

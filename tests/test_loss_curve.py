@@ -162,4 +162,5 @@ def errand_of(done: Preprocessed, folder: Path, asked: Recipe, layout: str) -> T
         backend=None,
         heartbeat_seconds=60.0,
         tensorboard=False,
+        time_limit=None,
     )

@@ -58,6 +58,7 @@ from autotune.errors import (
 from autotune.plan import (
     SCHEMA,
     Alternative,
+    Answering,
     Batching,
     EvidenceSummary,
     Forecast,
@@ -81,6 +82,8 @@ trials = st.builds(
     resident_bytes=maybe_bytes,
     timed=st.lists(st.builds(Timed, seconds=st.lists(finite, max_size=2).map(tuple)), max_size=2).map(tuple),
     evaluation_seconds=st.none() | finite,
+    answering=st.none()
+    | st.builds(Answering, **dict.fromkeys(("prompt_tokens", "seconds_of_token", "seconds_of_further_row"), finite)),
     matrix_flops=rates,
     timings=st.lists(st.builds(Timing, seconds=finite, update_seconds=finite), max_size=3).map(tuple),
     seconds=finite,
@@ -96,9 +99,7 @@ plans = st.builds(
     forecast=st.none()
     | st.builds(
         Forecast,
-        **dict.fromkeys(
-            ("epochs", "seconds_per_epoch", "validation_seconds", "total_seconds", "padded_tokens_per_sample"), finite
-        ),
+        **dict.fromkeys([name for name, field in Forecast.model_fields.items() if field.annotation is float], finite),
     ),
     alternatives=st.lists(st.builds(Alternative, seconds_per_step=st.none() | finite), max_size=2).map(tuple),
     sizes=st.lists(st.builds(SizeRow, samples_per_second=st.none() | finite), max_size=2).map(tuple),
@@ -211,7 +212,13 @@ def test_the_keys_are_those_that_others_read() -> None:
         "total_steps",
         "seconds_per_epoch",
         "validation_seconds",
+        "answer_seconds",
+        "saving_seconds",
+        "evaluations",
+        "checkpoints",
+        "asked_steps",
         "total_seconds",
+        "error",
         "padded_tokens_per_sample",
     }
     assert keys["plan.evidence"] == {
@@ -368,6 +375,7 @@ ERRANDS = [
         backend="gloo",
         heartbeat_seconds=60.0,
         tensorboard=False,
+        time_limit=None,
     ),
 ]
 ANSWERS = [
@@ -385,6 +393,13 @@ ANSWERS = [
         expected_peak_bytes=None,
         inexact=(),
         matrix_flops={"bf16": 4e14, "fp32": 5e13},
+        answering=Answering(
+            rows_at_once=64,
+            prompt_tokens=20.0,
+            longest_answer=100,
+            seconds_of_token=0.01,
+            seconds_of_further_row=0.001,
+        ),
     ),
 ]
 

@@ -18,7 +18,7 @@ from autotune.errors import ConfigurationError, NothingFitsError
 from autotune.evidence import Evidence
 from autotune.inputs import PlanInputs
 from autotune.measure import TIME_LIMIT_SECONDS
-from autotune.plan import CpuAllocator, Hardware, Layout, Plan, Request, Timed, Timing, Trial, Workload
+from autotune.plan import Answering, CpuAllocator, Hardware, Layout, Plan, Request, Timed, Timing, Trial, Workload
 from autotune.planner import Planner
 
 MIB = 2**20
@@ -42,6 +42,7 @@ class Machine:
         self.tried: list[tuple[str, int]] = []
         self.time_limits: list[float | None] = []
         self.standing_by: list[CpuAllocator] = []
+        self.answering: Answering | None = None
 
     def stand_by(self, hardware: Hardware, allocator: CpuAllocator) -> None:
         self.standing_by.append(allocator)
@@ -82,6 +83,7 @@ class Machine:
             expected_peak_bytes=peak if excerpt and verified else None,
             inexact=(),
             matrix_flops={},
+            answering=self.answering if excerpt and verified else None,
             seconds=1.0,
             message="" if fits else "no more",
         )
@@ -134,7 +136,7 @@ def planner_on(machine: Machine, hardware: Hardware = CARD, **changes: Any) -> P
     values |= changes
     data, validation, work = values.pop("data"), values.pop("validation", None), values.pop("work")
     known = values.pop("known", None)
-    inputs = PlanInputs(work, hardware, Request(**values), facts.recipe(epochs=2), data, validation)
+    inputs = PlanInputs(work, hardware, Request(**values), facts.recipe(epochs=2), data, validation, facts.saving())
     return Planner(inputs, machine, known)
 
 
@@ -577,7 +579,19 @@ def test_the_forecast_follows_epochs_and_speed() -> None:
     assert (plan.forecast.steps_per_epoch, plan.forecast.total_steps) == (47, 94)
     # A row takes 10 ms, on the data as it is; rows are padded to the longest beside them, 24.
     assert plan.forecast.padded_tokens_per_sample == pytest.approx(24, rel=1e-3)
-    assert plan.forecast.total_seconds == pytest.approx(2 * 3000 * 0.01, rel=0.01)
+    saving = 2 * plan.forecast.saving_seconds
+    assert plan.forecast.total_seconds == pytest.approx(2 * 3000 * 0.01 + saving, rel=0.01)
+
+
+def test_the_forecast_has_the_answers_that_an_evaluation_asks_for() -> None:
+    machine = Machine(GIB, MIB)
+    machine.answering = Answering(
+        rows_at_once=2, prompt_tokens=0.0, longest_answer=10, seconds_of_token=0.1, seconds_of_further_row=0.01
+    )
+    plan = plan_on(machine, data=data_of(3000), validation=data_of(400), effective_batch_size=64)
+    assert plan.forecast is not None
+    # Four rows are scored, two at a time; one fixed prompt is answered as far as a row has room.
+    assert plan.forecast.answer_seconds == pytest.approx(10 * 2 * (0.1 + 0.01) + 32 * 0.1)
 
 
 def test_the_forecast_has_a_pass_over_the_validation_data_after_each_epoch() -> None:
@@ -587,7 +601,9 @@ def test_the_forecast_has_a_pass_over_the_validation_data_after_each_epoch() -> 
     assert plan.forecast is not None
     # A row of 32 tokens takes 2.5 ms; rows of this data are padded to 24.
     assert plan.forecast.validation_seconds == pytest.approx(400 * 0.0025 * 24 / 32, rel=0.01)
-    assert plan.forecast.total_seconds == pytest.approx(without.total_seconds + 2 * plan.forecast.validation_seconds)
+    # The first evaluation may be the best there is, and is saved then.
+    more = 2 * plan.forecast.validation_seconds + plan.forecast.saving_seconds
+    assert plan.forecast.total_seconds == pytest.approx(without.total_seconds + more)
 
 
 def test_host_memory_is_accounted_beside_the_cards() -> None:

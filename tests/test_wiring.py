@@ -15,7 +15,8 @@ from cli.wiring import (
     make_saving,
     settings_of_plan,
 )
-from profiles import parse_every, resolve
+from profiles import resolve
+from profiles.values import parse_every
 
 
 def request(typed: dict[str, Any], profile: str | None = None, world_size: int = 1, *, search: bool = False) -> Request:

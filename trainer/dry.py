@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from autotune.errands import DRY_LENGTHS, DRY_MICRO_BATCHES, EXPLORING_LENGTHS, Dry, DryReport
-from autotune.plan import Layout, Precision, Timed, Timing
+from autotune.plan import Answering, Layout, Precision, Timed, Timing
+from trainer.answering import measure_answering
 from trainer.data import Order, TokenStore
 from trainer.evaluate import totals
 from trainer.memory import PeakMeter, is_memory_error, prepare_heap, trim_heap
@@ -69,6 +70,8 @@ def take_dry_steps(errand: Dry, ranks: Ranks = ALONE) -> DryReport:
     verified, peak = len(timings) == len(DRY_LENGTHS), account.peak_bytes
     store = TokenStore(Path(errand.excerpt.store)) if errand.excerpt and verified else None
     per_token = min(t.seconds / t.padded_tokens for t in timings)
+    timed = _time(state, errand, store, inexact, per_token) if store else ()
+    expected_peak = _expected_peak(state, errand, store, meter, peak) if store else None
     report = DryReport(
         verified=verified,
         peak_bytes=peak,
@@ -76,11 +79,12 @@ def take_dry_steps(errand: Dry, ranks: Ranks = ALONE) -> DryReport:
         resident_bytes=resident,
         host_peak_bytes=account.host_peak_bytes,
         timings=tuple(timings),
-        timed=_time(state, errand, store, inexact, per_token) if store else (),
+        timed=timed,
         evaluation_seconds=account.seconds["evaluation"],
-        expected_peak_bytes=_expected_peak(state, errand, store, meter, peak) if store else None,
+        expected_peak_bytes=expected_peak,
         inexact=inexact,
         matrix_flops=_rates(device, workload.precision) if verified else {},
+        answering=_answering(state, errand, store, peak - resident, account.seconds["evaluation"]) if store else None,
     )
     return _of_the_weakest(report, ranks)
 
@@ -103,6 +107,21 @@ def _of_the_weakest(report: DryReport, ranks: Ranks) -> DryReport:
             "timings": tuple(timings),
         }
     )
+
+
+def _answering(
+    state: TrainState, errand: Dry, store: TokenStore, room_bytes: int, evaluation_seconds: float
+) -> Answering | None:
+    """Time answers in what a peak leaves between two steps; a model that has no room, or cannot, says nothing."""
+    assert errand.excerpt is not None
+    workload = errand.workload
+    per_token = evaluation_seconds / (errand.micro_batch_size * workload.tokens_per_row)
+    try:
+        return measure_answering(state.model, store, workload, errand.excerpt.seed, room_bytes, per_token)
+    except (RuntimeError, MemoryError) as error:
+        if not is_memory_error(error):
+            raise
+        return None
 
 
 def _rates(device: torch.device, own: Precision) -> dict[Precision, float]:

@@ -71,6 +71,8 @@ class Generator:
         self._ids, self._workload, self._room_bytes = ids, workload, room_bytes
         self._ends = {ids.eos} if isinstance(ids.eos, int) else set(ids.eos)
         self._seq2seq = bool(model.config.is_encoder_decoder)
+        self.goes_on = not self._seq2seq
+        """Whether an answer goes on where its prompt ends."""
         self.row_bytes = self._measure(model)
 
     def generate(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from autotune.errands import Saving, Train
 from autotune.errors import MachineError, NothingFitsError, TrainingFailedError
+from autotune.remaining import Pace
 from trainer import checkpoint, manifest
 from trainer.data import Order, TokenStore
 from trainer.evaluate import Evaluator, Metrics, special_tokens
@@ -30,6 +31,7 @@ from trainer.ranks import ALONE, MemoryRanOutError, Ranks
 from trainer.schedule import learning_rate_at, steps_in
 from trainer.step import FIRST_LOSS_SCALE, TrainState, accumulate, start, trained, update
 from trainer.tally import Tally, utilization
+from trainer.timetable import Timetable
 
 WAITS = ("cpu",)
 """Devices that compute while they are asked to: on others a step runs on while the next is laid out."""
@@ -59,10 +61,14 @@ def train(errand: Train, stop: Callable[[], bool], ranks: Ranks = ALONE) -> Iter
     if found is not None:
         yield run.restore(found)
     yield verified
-    yield {"kind": "event", "event": "started", "step": run.progress.step, "samples": len(store)} | run.rhythm()
+    started = {"kind": "event", "event": "started", "step": run.progress.step, "samples": len(store)} | run.begin()
+    run.pace.add(started)
+    yield started
     counted, tally = utilization(errand.plan, run.state.model), Tally(run.progress.step)
     for row in run.rows():
-        yield tally.timed(row, counted)
+        timed = tally.timed(row, counted)
+        run.pace.add(timed)
+        yield timed
     ended = "stopped" if run.stopped else "finished"
     yield tally.against(errand.plan, run.progress.step)
     yield {"kind": "event", "event": ended, "step": run.progress.step} | run.leave()
@@ -81,6 +87,8 @@ class Run:
     stopped: bool = False
     unread: Metrics | None = None
     """The row of a step whose loss and norm are still on the device."""
+    pace: Pace = field(default_factory=Pace)
+    """What the rows so far took."""
 
     def __post_init__(self) -> None:
         plan, recipe = self.errand.plan, self.errand.recipe
@@ -88,13 +96,14 @@ class Run:
         self.meter = PeakMeter(self.device)
         self.evaluator = Evaluator(self.errand, self.store, self.model, self.meter, self.ranks, self.stop)
         self.state: TrainState = start(self.model, self.workload, recipe.weight_decay)
-        self.total_steps = steps_in(len(self.store), plan.batching.effective_batch_size, recipe)
+        self.asked_steps = steps_in(len(self.store), plan.batching.effective_batch_size, recipe)
         self.steps_per_epoch = math.ceil(len(self.store) / plan.batching.effective_batch_size)
         self.rows_at_once = plan.batching.micro_batch_size
         """Of a micro-batch: the plan's, or less where memory once ran out."""
         self.clock = SaveClock(self.errand.saving, self.steps_per_epoch)
         self.checkpoints = Path(self.errand.output_dir) / manifest.FOLDER
         self.origin = Origin(identity_of(self.errand, self.store), recipe, plan)
+        self._began, self._seconds_before = time.monotonic(), 0.0
         self._orders: dict[int, Order] = {}
         self._special = special_tokens(self.model, self.errand)
         del self.model  # which the state has
@@ -110,6 +119,7 @@ class Run:
             checkpoint.restore_weights(found.folder, self.state.model)
         else:
             self.progress = checkpoint.restore(found, self.state)
+            self._seconds_before = self.progress.seconds
             if self.ranks.leads and found.folder.parent.resolve() == self.checkpoints.resolve():
                 given_up = checkpoint.give_up_after(self.checkpoints, self.progress.step)
             if self.workload.precision == "fp16" and found.manifest.plan != self.origin.plan_hash:
@@ -136,13 +146,15 @@ class Run:
             yield from self._evaluate()  # which a stop broke off
             (self.stopped,) = self.ranks.any(self.stop())
             yield from self._save(last=self.stopped)
-        while self.progress.step < self.total_steps and not self._is_out_of_patience() and not self.stopped:
+        while self.progress.step < self.timetable.total_steps and not self._is_out_of_patience() and not self.stopped:
             taken = yield from self._step()
             yield from self._read()
             self.unread = taken
+            if (recounted := self.timetable.recount()) is not None:
+                yield recounted
             self.stopped, saves = self.ranks.any(self.stop(), self.clock.is_due(self.progress.step))
             evaluates = not self.stopped and self._evaluation_is_due()
-            ends = self.stopped or self.progress.step == self.total_steps
+            ends = self.stopped or self.progress.step == self.timetable.total_steps
             if ends or saves or evaluates or self.device.type in WAITS:
                 yield from self._read()
             if evaluates:
@@ -155,26 +167,31 @@ class Run:
     def _is_out_of_patience(self) -> bool:
         return self.progress.best.without >= (self.errand.recipe.early_stopping or math.inf)
 
-    def rhythm(self) -> Metrics:
-        """Say how many steps there are, and when evaluations and checkpoints come between them."""
-        saving = self.errand.saving
+    def begin(self) -> Metrics:
+        """Say how many steps there are, and when evaluations and checkpoints come between them.
+
+        Raises ConfigurationError where no time is left of what the run was given.
+        """
+        limit, plan, saving = self.errand.time_limit, self.errand.plan, self.errand.saving
+        self.timetable = Timetable(self.asked_steps, self.progress, limit, plan, self.ranks, self.pace)
         return {
-            "total_steps": self.total_steps,
+            "total_steps": self.timetable.total_steps,
             "evaluates_every": self._evaluates_every,
             "saves_every": saving.every_steps or (self.steps_per_epoch if saving.each_epoch else None),
             "saves_every_seconds": saving.every_seconds,
+            "saves_best": self.evaluator.validation is not None,
         }
 
     @property
     def _evaluates_every(self) -> int:
         """Return after how many steps an evaluation comes: those asked for, an epoch's, or without data all."""
         asked = self.errand.recipe.eval_every
-        return asked or (self.steps_per_epoch if self.evaluator.validation else self.total_steps)
+        return asked or (self.steps_per_epoch if self.evaluator.validation else self.asked_steps)
 
     def _evaluation_is_due(self) -> bool:
         """Say whether the step that is done is followed by an evaluation; the last one is."""
         step = self.progress.step
-        return step > 0 and (step % self._evaluates_every == 0 or step == self.total_steps)
+        return step > 0 and (step % self._evaluates_every == 0 or step == self.timetable.total_steps)
 
     def _evaluate(self) -> Generator[Metrics, None, bool]:
         """Evaluate, in smaller micro-batches where memory runs out; return whether the model is the best so far."""
@@ -209,7 +226,7 @@ class Run:
         plan, recipe, progress = self.errand.plan, self.errand.recipe, self.progress
         epoch, place = place_of(progress.step, len(self.store), plan.batching.effective_batch_size)
         ids: Any = self._order(epoch)[place]
-        rate = learning_rate_at(progress.step, self.total_steps, recipe)
+        rate = learning_rate_at(self.timetable.place(), self.timetable.total_steps, recipe)
         prepare_heap(self.device, self.workload.cpu_allocator)
         self.meter.reset()
         began = time.perf_counter()
@@ -334,6 +351,7 @@ class Run:
         yield from self._read()
         event = {"kind": "event", "event": "checkpoint", "step": self.progress.step}
         self.clock.saved()
+        self.progress.seconds = self._seconds_before + time.monotonic() - self._began
         if not self.ranks.leads:
             return
         try:

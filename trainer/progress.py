@@ -77,6 +77,10 @@ class Progress:
     """Samples used in them, over all epochs."""
     evaluated_at: int = 0
     """The step of the last evaluation that was not broken off."""
+    seconds: float = 0.0
+    """That the run has taken so far, all its processes together."""
+    position: float | None = None
+    """Share of the schedule that is done, of a run that has only so much time; None of one that counts steps."""
     best: Best = field(default_factory=Best)
     watch: Watch = field(default_factory=Watch)
 

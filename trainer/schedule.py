@@ -19,8 +19,8 @@ def steps_in(samples: int, effective_batch_size: int, recipe: Recipe) -> int:
     return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
 
 
-def learning_rate_at(step: int, total_steps: int, recipe: Recipe) -> float:
-    """Return the rate of a step (0 is the first): a warm-up to what was asked, then down, or level.
+def learning_rate_at(step: float, total_steps: int, recipe: Recipe) -> float:
+    """Return the rate of a step (0 is the first), or between two: a warm-up to what was asked, then down, or level.
 
     The warm-up is linear from nothing; that of one cycle (Smith 2018, 1803.09820) is half a cosine from the rate over
     its `div_factor`. No step has a rate of zero.

@@ -6,8 +6,8 @@ from operator import attrgetter
 
 from rich.table import Table
 
-from autotune.forecast import rows_per_second
 from autotune.plan import Device, Memory, Plan, Trial
+from autotune.speed import rows_per_second
 from cli.render.console import out
 from cli.render.units import GIB, count, gib
 

@@ -11,8 +11,8 @@ from rich.table import Table
 from autotune.batching import largest_share
 from autotune.errands import DataSummary, Preprocessed
 from autotune.estimate import ERROR
-from autotune.forecast import padding_share
 from autotune.plan import Alternative, CardProcess, Layout, Memory, Plan
+from autotune.shapes import padding_share
 from cli.render.console import out, show_command
 from cli.render.data import data_line
 from cli.render.explain import trials_in_force

@@ -1,0 +1,61 @@
+"""How long a model takes to answer rows of its data: what an evaluation's answers will cost, by a few tokens."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from autotune.errands import TokenIds
+from autotune.plan import Answering, Workload
+from trainer.data import Order, TokenStore
+from trainer.evaluate import Question, most_new, question
+from trainer.generate import Generator, in_batches
+
+ROWS = 64
+"""That are scored by default."""
+TOKENS = (2, 10)
+"""Of two answers: the second one's further tokens are what a token takes."""
+READING_SECONDS = 1.0
+"""That the prompts of the rows which are timed together may take to be read."""
+
+
+def measure_answering(
+    model: Any, store: TokenStore, workload: Workload, seed: int, room_bytes: float, seconds_per_token: float
+) -> Answering | None:
+    """Time the next token of one row and of many; None where not even one has room.
+
+    `seconds_per_token` is what reading a token takes. The model is in evaluation mode afterwards.
+    """
+    never_ends = TokenIds(pad=0, eos=workload.vocabulary_size, bos=None)
+    generator = Generator(model, never_ends, workload, room_bytes)
+    asked = [question(store, i, workload) for i in Order(len(store), seed, 0)[:ROWS].tolist()]
+    longest = max(len(q.reference or ()) for q in asked)
+    lengths = [(len(q.prompt), most_new(workload, q, longest)) for q in asked]
+    batches = list(in_batches(lengths, room_bytes, np.inf, generator.row_bytes))
+    if not batches:
+        return None
+    prompt_tokens = float(np.mean([prompt for prompt, _ in lengths]))
+    several = max(1, min(len(batches[0]), int(READING_SECONDS / (seconds_per_token * prompt_tokens))))
+    middling = sorted(asked, key=lambda q: len(q.prompt))[(len(asked) - several) // 2 :][:several]
+    one = _seconds_of_token(generator, model, middling[:1])
+    many = _seconds_of_token(generator, model, middling) if several > 1 else one + seconds_per_token
+    return Answering(
+        rows_at_once=max(len(batch) for batch in batches),
+        prompt_tokens=prompt_tokens,
+        longest_answer=max(1, max(new for _, new in lengths)),
+        seconds_of_token=one,
+        seconds_of_further_row=max(0.0, many - one) / max(1, several - 1),
+    )
+
+
+def _seconds_of_token(generator: Generator, model: Any, asked: list[Question]) -> float:
+    """Return what a further token of each of these rows takes, where a decoder has half of the answer behind it."""
+    prompts = [q.prompt + (q.reference or [])[: len(q.reference or ()) // 2] * generator.goes_on for q in asked]
+    taken = []
+    for new in TOKENS:
+        began = time.perf_counter()
+        generator.generate(model, prompts, [new] * len(prompts))
+        taken.append(time.perf_counter() - began)
+    return max(0.0, taken[1] - taken[0]) / (TOKENS[1] - TOKENS[0])
