@@ -11,11 +11,15 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from autotune.bottleneck import Spent
+from autotune.plan import Plan
+from autotune.remaining import Pace
 from cli.render.console import err, say
 from cli.render.units import duration, gib, number
 
 Metrics = dict[str, Any]
 QUIET_SECONDS = 30.0
+MUCH = 0.1
+"""Change of a run's steps that people are told of."""
 SHOWN = 60
 """Characters of a prompt and of its answer that a line has room for."""
 
@@ -102,14 +106,14 @@ EVENTS: dict[str, Callable[[Metrics], list[str]]] = {
 class RunProgress:
     """Shows the rows of a run as they come, and remembers the few that its summary needs."""
 
-    def __init__(self) -> None:
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._pace = plan, Pace()
         self.first_loss: float | None = None
         self.last_loss: float | None = None
         self.validation_loss: float | None = None
         self.peak_bytes = 0
         self.steps = self.tokens = self.skipped = self.saved = 0
         self._own_steps = 0
-        """Of this process, which a run that goes on has begun with some behind it."""
         self.seconds = self.flops_share = 0.0
         self.spent = Spent()
         self.against: Metrics = {}
@@ -117,7 +121,7 @@ class RunProgress:
         self.model = ""
         self.best: Metrics = {}
         self._sampled = 0
-        self._total = 0
+        self._total = self._told_total = 0
         self._told = time.monotonic()
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -143,6 +147,7 @@ class RunProgress:
 
     def show(self, row: Metrics) -> None:
         """Take in one row of metrics."""
+        self._pace.add(row)
         if row["kind"] == "train":
             self._show_step(row)
         elif row["kind"] == "validation":
@@ -154,9 +159,11 @@ class RunProgress:
                 say(sample_line(row))
             self._sampled = row["step"]
         elif row["event"] == "started":
-            self._total = row["total_steps"]
+            self._total = self._told_total = row["total_steps"]
             if self._bar is not None:
                 self._task = self._bar.add_task("", total=self._total)
+        elif row["event"] == "rescheduled":
+            self._reschedule(row)
         elif row["event"] in ("verified", "unverified"):
             say(verified_line(row))
         elif row["event"] == "data_changed":
@@ -179,6 +186,15 @@ class RunProgress:
             self.ended, self.model = row["event"], row.get("model", "")
             self.best = row if "best_step" in row else {}
 
+    def _reschedule(self, row: Metrics) -> None:
+        """Take in that other steps fit the time than did; tell of it where it is much."""
+        before, self._total = self._total, row["total_steps"]
+        if self._bar is not None:
+            self._bar.update(self._task, total=self._total)
+        if abs(self._total - self._told_total) > MUCH * self._told_total:
+            self._told_total = self._total
+            say(f"step {row['step']}: {self._total:,} steps fit the time, by what they take ({before:,} before)")
+
     def _show_step(self, row: Metrics) -> None:
         if not self._own_steps:
             self.first_loss = row["loss"]
@@ -190,10 +206,11 @@ class RunProgress:
         names = ("seconds", "data_seconds", "tokens", "padded_tokens", "micro_batches")
         self.spent.add(*(row[name] for name in names))
         self.peak_bytes = max(self.peak_bytes, row["peak_memory_bytes"])
-        left = (self._total - self.steps) * self.seconds / self._own_steps
+        left = self._pace.left(self._plan)
+        eta = f"  ETA {duration(left.seconds)}" if left else ""
         text = (
             f"loss {number(row['loss'], '.4f')}  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
-            f"peak {gib(self.peak_bytes)}  ETA {duration(left)}"
+            f"peak {gib(self.peak_bytes)}{eta}"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=self.steps, description=text)

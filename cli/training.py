@@ -66,7 +66,7 @@ def train(job: Job, run: RunPlace, lock: int, going: Going) -> None:
         (run.folder / "log.txt").open("a+b" if run.resume else "w+b") as log,
         Worker(job.hardware.cores, allocator, log, (lock,), ranks) as worker,
         _signals_to(worker) as signals,
-        RunProgress() as progress,
+        RunProgress(job.plan) as progress,
     ):
         worker.give(_errand(job, run, going.began))
         failed: Event = {}

@@ -65,7 +65,7 @@ def test_a_command_is_printed_as_a_shell_takes_it_whatever_rich_makes_of_text(
 
 
 def test_a_folder_is_said_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = RunProgress()
+    progress = RunProgress(facts.plan())
     progress.ended, progress.model = "finished", "[bold]:fire:/model"
     print_run(progress, facts.plan())
     assert "model: [bold]:fire:/model" in capsys.readouterr().out

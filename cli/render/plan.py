@@ -11,7 +11,7 @@ from rich.table import Table
 from autotune.batching import largest_share
 from autotune.errands import DataSummary, Preprocessed
 from autotune.estimate import ERROR
-from autotune.plan import Alternative, CardProcess, Layout, Memory, Plan
+from autotune.plan import Alternative, CardProcess, Forecast, Layout, Memory, Plan
 from autotune.shapes import padding_share
 from cli.render.console import out, show_command
 from cli.render.data import data_line
@@ -126,14 +126,41 @@ def _plan_rows(plan: Plan, facts: Preprocessed, profile: str | None) -> list[tup
         rows.append(
             (
                 "Forecast",
-                f"{cast.total_steps:,} steps ({cast.epochs:g} x {cast.steps_per_epoch:,} in an epoch), "
-                f"about {duration(cast.total_seconds)}",
+                forecast_line(cast),
             )
         )
     if profile is not None:
         rows.append(("Profile", f"{profile}; chosen {plan.batching.micro_batch_size}"))
     rows.append(("Not larger", why_not_larger(plan)))
     return rows
+
+
+def forecast_line(cast: Forecast) -> str:
+    """Say what a run takes, of what parts, how sure that is, and what a limit of time leaves out."""
+    line = (
+        f"{cast.total_steps:,} steps ({cast.epochs:g} x {cast.steps_per_epoch:,} in an epoch), about "
+        f"{duration(cast.total_seconds)} give or take {cast.error:.0%}: "
+        f"{duration(cast.seconds_per_epoch)} an epoch"
+    )
+    parts = (
+        (cast.evaluations * cast.validation_seconds, "in evaluations"),
+        (cast.evaluations * cast.answer_seconds, "in answers"),
+        ((cast.checkpoints + 1) * cast.saving_seconds, "in checkpoints"),
+    )
+    told = [f"{duration(seconds)} {what}" for seconds, what in parts if seconds >= WORTH_SAYING * cast.total_seconds]
+    line += f", {', '.join(told)}" if told else ""
+    if cast.total_steps < cast.asked_steps:
+        samples = cast.rows * cast.epochs * cast.total_steps / cast.asked_steps
+        line += (
+            f"; the time holds {cast.total_steps:,} of {cast.asked_steps:,} steps: "
+            f"{cast.total_steps / cast.steps_per_epoch:.2g} epochs, "
+            f"or {cast.epochs:g} of {samples / cast.epochs:,.0f} rows (--limit)"
+        )
+    return line
+
+
+WORTH_SAYING = 0.02
+"""Share of a run's time."""
 
 
 def layout_line(plan: Plan, data: DataSummary | None) -> str:

@@ -65,5 +65,5 @@ def _against(row: dict[str, Any]) -> str:
             f"really {duration(row['real_seconds'])} ({row['real_tokens_per_second']:,.0f})"
         )
         if row["generation_seconds"]:
-            said += f", of which {duration(row['generation_seconds'])} went into answers, which no plan counts"
+            said += f", of which {duration(row['generation_seconds'])} went into answers"
     return said
