@@ -26,19 +26,21 @@ from autotune.plan import Hardware, Plan, Rates, Workload
 from autotune.planner import Planner
 from autotune.process import WorkerCrashedError, ask
 from cli.choices import padding_by_layout
+from cli.decisions import advice, decisions
 from cli.launched import launched
 from cli.lock import hold
 from cli.options import as_arguments
+from cli.render.banner import print_banner
 from cli.render.console import print_json, say, warn
-from cli.render.data import data_line, print_data, sides
+from cli.render.data import print_data, sides
 from cli.render.explain import print_account, print_trials, trial_line
 from cli.render.notes import data_notes, model_notes, slower_precision
-from cli.render.plan import batch_line, layout_line, print_plan
+from cli.render.plan import print_plan
 from cli.render.settings import print_config
 from cli.render.units import count
 from cli.render.whatif import print_varied
 from cli.runs import Resuming, RunPlace, check_disk, find_run, write_run
-from cli.training import Going, Job, follow, train
+from cli.training import Going, Job, follow, time_left, train
 from cli.whatif import Stage, check_levers, longest_asked, parse_lever
 from cli.wiring import (
     cache_dir,
@@ -242,14 +244,25 @@ def train_command(
             job = _plan_of(run, resolved) or _plan_job(resolved, remembering, auto=auto)
         check_disk(run.folder, job.plan, job.settings.keep_last, job.hardware)
         assert job.facts.data is not None
-        say(f"data: {data_line(job.facts.data)}; {layout_line(job.plan, job.facts.data)}")
-        say(f"{batch_line(job.plan)}; run in {run.folder}")
         typed = as_arguments(
             {name: value for name, value in (("profile", profile), ("config", config), ("plan", plan_file)) if value}
             | given
             | {"output_dir": str(run.folder)}
         )
         again = ["chatlm", "train", *["--auto"] * auto, *typed, "--resume"]
+        by_plan = job.evidence is None
+        limit = time_left(job.settings, began)
+        print_banner(
+            resolved,
+            profile,
+            job.plan,
+            job.facts,
+            run.folder,
+            decisions(resolved, job.plan, job.facts, by_plan=by_plan),
+            advice(job.plan),
+            again,
+            limit.seconds if limit else None,
+        )
         write = partial(write_run, run.folder, resolved, job.settings, job.plan, job.evidence)
         if run.resume is None:
             write()

@@ -104,7 +104,7 @@ def _errand(job: Job, run: RunPlace, began: datetime) -> Train:
         output_dir=str(run.folder),
         data_contents=facts.data.contents,
         saving=make_saving(settings),
-        time_limit=_time_left(settings, began),
+        time_limit=time_left(settings, began),
         resume=run.resume,
         backend=choose_backend(settings),
         heartbeat_seconds=settings.heartbeat,
@@ -112,7 +112,7 @@ def _errand(job: Job, run: RunPlace, began: datetime) -> Train:
     )
 
 
-def _time_left(settings: Settings, began: datetime) -> TimeLimit | None:
+def time_left(settings: Settings, began: datetime) -> TimeLimit | None:
     """Return the limit of time less what the command has taken until now."""
     limit = make_time_limit(settings, began)
     if limit is None:

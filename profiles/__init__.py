@@ -193,6 +193,8 @@ class Resolved:
 
     settings: Settings
     origins: Mapping[str, str]
+    replaced: Mapping[str, Any]
+    """Of what was given on the command line or in a file, what stood there before: a profile's value, or a default."""
 
     def given_by_hand(self, name: str) -> bool:
         """Whether a value was typed on the command line or stands in a configuration file, not in a profile."""
@@ -203,6 +205,7 @@ def resolve(given: Mapping[str, Any], config: str | None = None, profile: str | 
     """Merge what was typed, a file and a profile over the defaults; raises ConfigurationError for no setting."""
     values: dict[str, Any] = {}
     origins = dict.fromkeys(FIELDS, "default")
+    replaced: dict[str, Any] = {}
     layers: list[tuple[str, Mapping[str, Any]]] = []
     if profile is not None:
         layers.append((f"profile {profile}", _without_about(load_profile(profile))))
@@ -211,11 +214,13 @@ def resolve(given: Mapping[str, Any], config: str | None = None, profile: str | 
     layers.append(("command line", given))
     for origin, layer in layers:
         for name, value in layer.items():
+            if not origin.startswith("profile"):
+                replaced.setdefault(name, values.get(name, FIELDS[name].default))
             values[name] = tuple(value) if isinstance(value, list) else value
             if FIELDS[name].metadata["commas"]:
                 values[name] = _parts(value)
             origins[name] = origin
-    return Resolved(_validated(values, origins), origins)
+    return Resolved(_validated(values, origins), origins, replaced)
 
 
 def load_profile(name: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def measure_answering(
 
     `seconds_per_token` is what reading a token takes. The model is in evaluation mode afterwards.
     """
-    never_ends = TokenIds(pad=0, eos=workload.vocabulary_size, bos=None)
+    never_ends = TokenIds(pad=0, eos=workload.vocabulary_size, bos=0)
     generator = Generator(model, never_ends, workload, room_bytes)
     asked = [question(store, i, workload) for i in Order(len(store), seed, 0)[:ROWS].tolist()]
     longest = max(len(q.reference or ()) for q in asked)
