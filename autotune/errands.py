@@ -313,6 +313,8 @@ class Train(Fact):
     """Hash of the samples (`DataSummary.contents`)."""
     saving: Saving
     time_limit: TimeLimit | None
+    longest: PositiveInt | None
+    """Samples that are trained on, the longest there are, and as many to evaluate on: a rehearsal's; None for all."""
     resume: Resume | None
     backend: Backend | None
     heartbeat_seconds: Annotated[float, Field(gt=0)]

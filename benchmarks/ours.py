@@ -51,8 +51,8 @@ def main() -> None:
     folder = errand["folder"]
     train = Train(
         plan=plan, recipe=recipe, store=f"{folder}/store", validation_store=None, tokenizer_dir=f"{folder}/tokenizer",
-        ids=TokenIds(pad=0, eos=1, bos=None), output_dir=f"{folder}/run", tensorboard=False, time_limit=None,
-        data_contents="", resume=None, backend=None, heartbeat_seconds=60,
+        ids=TokenIds(pad=0, eos=1, bos=None), output_dir=f"{folder}/run", tensorboard=False,
+        time_limit=None, longest=None, data_contents="", resume=None, backend=None, heartbeat_seconds=60,
         saving=SAVING,
     )  # fmt: skip
     with Worker(plan.hardware.cores, plan.workload.cpu_allocator) as worker:

@@ -345,8 +345,8 @@ def train(plan: Plan, folder: Path, shares: tuple[float, ...]) -> int:
     errand = Train(
         plan=plan.model_copy(update={"batching": batching}), recipe=RECIPE, store=str(folder / "train"),
         validation_store=str(folder / "validation"), tokenizer_dir=str(folder / "tokenizer"),
-        ids=TokenIds(pad=0, eos=1, bos=None), output_dir=str(folder / "run"), tensorboard=False, time_limit=None,
-        data_contents="", resume=None, backend=None, heartbeat_seconds=60,
+        ids=TokenIds(pad=0, eos=1, bos=None), output_dir=str(folder / "run"), tensorboard=False,
+        time_limit=None, longest=None, data_contents="", resume=None, backend=None, heartbeat_seconds=60,
         saving=SAVING,
     )  # fmt: skip
     with Worker(plan.hardware.cores, work.cpu_allocator) as worker:

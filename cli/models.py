@@ -16,8 +16,8 @@ from autotune.measure import KILLED, SILENT_SECONDS
 from autotune.plan import Precision
 from autotune.process import WorkerCrashedError, ask
 from cli.chat import Manner, chat, check_device
-from cli.commands import look_at_data
 from cli.places import Found, find_saved
+from cli.planning import look_at_data
 from cli.render.console import print_json, say, tell, warn
 from cli.render.models import print_evaluated
 from cli.render.units import size

@@ -13,7 +13,7 @@ from typing import Any
 from autotune.disk import sync, write_whole
 from autotune.errands import Resume
 from autotune.errors import ConfigurationError, MachineError, RunExistsError
-from autotune.plan import Hardware, Plan
+from autotune.plan import Hardware, Plan, Workload
 from cli.wiring import LEARNING_RATES
 from profiles import Resolved, Settings
 
@@ -103,14 +103,15 @@ def _newest(settings: Settings) -> Path | None:
     return max(Path("runs").glob(f"{glob.escape(Path(settings.model).name)}-????????-??????"), default=None)
 
 
-def check_disk(folder: Path, plan: Plan, keep_last: int, hardware: Hardware) -> None:
-    """Raise MachineError where the disk has no room for the checkpoints that stay, one under way, and two models.
-
-    What a run that goes on has there already counts.
-    """
-    workload = plan.workload
+def disk_needed(workload: Workload, keep_last: int) -> int:
+    """Return the bytes of the checkpoints that stay, the best, one under way, and two models."""
     model = 4 * workload.parameters
-    needed = (max(2, keep_last) + 2) * (model + workload.optimizer_state_bytes) + 2 * model + 16 * MIB
+    return (max(2, keep_last) + 2) * (model + workload.optimizer_state_bytes) + 2 * model + 16 * MIB
+
+
+def check_disk(folder: Path, workload: Workload, keep_last: int, hardware: Hardware) -> None:
+    """Raise MachineError where the disk has no room for what a run leaves; what lies there already counts."""
+    needed = disk_needed(workload, keep_last)
     there = sum(file.stat().st_size for file in folder.glob("**/*.safetensors"))
     if hardware.disk_free_bytes + there < needed:
         raise MachineError(

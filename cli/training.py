@@ -68,7 +68,7 @@ def train(job: Job, run: RunPlace, lock: int, going: Going) -> None:
         _signals_to(worker) as signals,
         RunProgress(job.plan) as progress,
     ):
-        worker.give(_errand(job, run, going.began))
+        worker.give(make_errand(job, run, time_left(job.settings, going.began)))
         failed: Event = {}
         for event in worker.events():
             if event["event"] == "metrics":
@@ -89,7 +89,8 @@ def train(job: Job, run: RunPlace, lock: int, going: Going) -> None:
         raise typer.Exit(128 + signals[0])
 
 
-def _errand(job: Job, run: RunPlace, began: datetime) -> Train:
+def make_errand(job: Job, run: RunPlace, limit: TimeLimit | None) -> Train:
+    """Say what a worker has to train."""
     facts, settings = job.facts, job.settings
     assert facts.data is not None
     assert facts.tokenizer_dir is not None
@@ -104,7 +105,8 @@ def _errand(job: Job, run: RunPlace, began: datetime) -> Train:
         output_dir=str(run.folder),
         data_contents=facts.data.contents,
         saving=make_saving(settings),
-        time_limit=time_left(settings, began),
+        time_limit=limit,
+        longest=None,
         resume=run.resume,
         backend=choose_backend(settings),
         heartbeat_seconds=settings.heartbeat,

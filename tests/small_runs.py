@@ -65,6 +65,7 @@ def small_errand(folder: Path, family: str, **changes: Any) -> Train:
         "heartbeat_seconds": 60.0,
         "tensorboard": False,
         "time_limit": None,
+        "longest": None,
     }
     Path(values["tokenizer_dir"]).mkdir(exist_ok=True)
     return Train(**(values | changes))

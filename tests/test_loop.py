@@ -69,6 +69,7 @@ def errand_of(tmp_path: Path, model: str = "tiny", **changes: Any) -> Train:
         "ids": done.ids,
         "tensorboard": False,
         "time_limit": None,
+        "longest": None,
         "data_contents": done.data.contents,
         "saving": facts.saving(),
         "resume": None,

@@ -163,4 +163,5 @@ def errand_of(done: Preprocessed, folder: Path, asked: Recipe, layout: str) -> T
         heartbeat_seconds=60.0,
         tensorboard=False,
         time_limit=None,
+        longest=None,
     )

@@ -376,6 +376,7 @@ ERRANDS = [
         heartbeat_seconds=60.0,
         tensorboard=False,
         time_limit=None,
+        longest=None,
     ),
 ]
 ANSWERS = [

@@ -13,8 +13,9 @@ import pytest
 
 from autotune.errands import Resume
 from autotune.errors import ConfigurationError, MachineError, RunExistsError
-from cli import commands
+from cli import running
 from cli.lock import hold
+from cli.planning import Remembering
 from cli.runs import Resuming, RunPlace, check_disk, find_run, write_run
 from profiles import resolve
 
@@ -60,17 +61,19 @@ def test_a_folder_with_a_run_is_refused_unless_it_is_to_go_on(tmp_path: Path) ->
 def test_a_run_that_was_left_as_its_folder_was_taken_is_not_written_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    given = {"output_dir": str(tmp_path)}
+
     @contextmanager
     def late(folder: Path) -> Iterator[int]:
         (tmp_path / "metrics.jsonl").write_text("{}")
         with hold(folder) as lock:
             yield lock
 
-    monkeypatch.setattr(commands, "hold", late)
+    monkeypatch.setattr(running, "hold", late)
     with pytest.raises(RunExistsError, match="already holds a run"):
-        commands.train_command(
-            {"output_dir": str(tmp_path)}, None, None, auto=False, plan_file=None, show_config=False,
-            remembering=commands.Remembering(cache=False, offline=True), resuming=Resuming(False, None, False),
+        running.train_command(
+            running.Asked(resolve(given), given, None, None, None, False, Remembering(cache=False, offline=True)),
+            Resuming(False, None, False), show_config=False, rehearsing=False,
         )  # fmt: skip
 
 
@@ -106,6 +109,6 @@ def test_without_a_folder_the_newest_run_of_the_model_goes_on(tmp_path: Path, mo
 def test_a_disk_without_room_for_the_checkpoints_is_told_before_anything_runs(tmp_path: Path) -> None:
     """Of 26 million parameters: three checkpoints that stay and one under way, the best's, and two models."""
     needed = (5 * 12 + 2 * 4) * 26_000_000 + 16 * 2**20
-    check_disk(tmp_path, facts.plan(), 3, facts.hardware(disk_free_bytes=needed))
+    check_disk(tmp_path, facts.workload(), 3, facts.hardware(disk_free_bytes=needed))
     with pytest.raises(MachineError, match=r"has 1,701 MiB for it, checkpoints and models take 1,702 MiB"):
-        check_disk(tmp_path, facts.plan(), 3, facts.hardware(disk_free_bytes=needed - 2**20))
+        check_disk(tmp_path, facts.workload(), 3, facts.hardware(disk_free_bytes=needed - 2**20))

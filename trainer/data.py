@@ -194,6 +194,32 @@ class TokenStore:
         return self._spans[self._span_offsets[i] : self._span_offsets[i + 1]]
 
 
+class Longest(TokenStore):
+    """So many of a store's samples, the longest there are, in the store's order."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        super().__init__(folder)
+        lengths = np.diff(self._offsets)
+        first = max(0, len(lengths) - count)
+        self._ids = np.sort(np.argpartition(lengths, first)[first:]) if first else np.arange(len(lengths))
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def tokens(self, i: int) -> Array:
+        """Return the tokens of sample i."""
+        return super().tokens(int(self._ids[i]))
+
+    def spans(self, i: int) -> Array:
+        """Return its target spans, [spans, 2]."""
+        return super().spans(int(self._ids[i]))
+
+
+def open_store(folder: Path, longest: int | None) -> TokenStore:
+    """Open a store, or so many of its samples, the longest."""
+    return TokenStore(folder) if longest is None else Longest(folder, longest)
+
+
 class Order:
     """The order in which an epoch takes its samples: any slice of a permutation by (seed, epoch), none of it held.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from autotune.errands import Train
 from autotune.plan import Workload
 from trainer.compiled import eagerly
-from trainer.data import Order, TokenStore
+from trainer.data import Order, TokenStore, open_store
 from trainer.encode import Encoder
 from trainer.generate import Generator, room_to_generate
 from trainer.loss import loss_and_right
@@ -108,7 +108,8 @@ class Evaluator:
         self._plan, self._workload, self._tokenizer_dir = errand.plan, errand.plan.workload, errand.tokenizer_dir
         self._meter, self._special = meter, special_tokens(model, errand)
         self._ranks, self._stop = ranks, stop
-        self.validation = TokenStore(Path(errand.validation_store)) if errand.validation_store else None
+        held_out = errand.validation_store
+        self.validation = open_store(Path(held_out), errand.longest) if held_out else None
         self._fixed = self._typed(errand.recipe.prompts)
         asked = self.validation or store
         self._fixed += [question(asked, i, self._workload) for i in range(min(errand.recipe.samples, len(asked)))]

@@ -12,7 +12,7 @@ from autotune.errors import MachineError
 from autotune.plan import Layout
 from trainer import manifest
 from trainer.checkpoint import check_model, recover
-from trainer.data import TokenStore
+from trainer.data import TokenStore, open_store
 from trainer.evaluate import Metrics, special_tokens
 from trainer.manifest import Found, Identity, check_identity
 from trainer.model import build_for
@@ -40,7 +40,7 @@ def prepare(errand: Train) -> tuple[Train, Any, TokenStore, Metrics]:
     """Build the model and prove the layout, or another, on it; return the errand with the one that holds."""
     torch.manual_seed(errand.recipe.seed)
     model = build_for(errand.plan.workload, errand.ids, torch.device(errand.plan.hardware.device))
-    store = TokenStore(Path(errand.store))
+    store = open_store(Path(errand.store), errand.longest)
     verified = _verify(errand, model, store)
     workload = errand.plan.workload.model_copy(update={"layout": verified["layout"]})
     plan = errand.plan.model_copy(update={"workload": workload})

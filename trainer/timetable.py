@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from math import inf
 from typing import Any
 
@@ -25,15 +26,22 @@ class Timetable:
     """
 
     def __init__(
-        self, asked_steps: int, progress: Progress, limit: TimeLimit | None, plan: Plan, ranks: Ranks, pace: Pace
+        self,
+        asked_steps: int,
+        progress: Progress,
+        limit: TimeLimit | None,
+        plan: Plan,
+        ranks: Ranks,
+        pace: Pace,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.asked_steps = self.total_steps = self._told = asked_steps
         self._progress, self._plan, self._ranks, self._pace = progress, plan, ranks, pace
-        self._limit = limit
+        self._limit, self._clock = limit, clock
         if limit is None:
             progress.position = None
             return
-        self._end = time.monotonic() + limit.seconds - progress.seconds
+        self._end = clock() + limit.seconds - progress.seconds
         if progress.position is None:
             progress.position = progress.step / asked_steps
         if ranks.any(self.left_seconds() <= 0)[0]:
@@ -47,7 +55,7 @@ class Timetable:
         """Return the seconds that are left; a time of day is that of the clock, whatever became of it."""
         if self._limit is None:
             return inf
-        return self._end - time.monotonic() if self._limit.until is None else self._limit.until - time.time()
+        return self._end - self._clock() if self._limit.until is None else self._limit.until - time.time()
 
     def place(self) -> float:
         """Return the place of the step to come in a schedule of all steps: its number, or its share of what is left."""
@@ -72,9 +80,9 @@ class Timetable:
     def _count(self) -> None:
         """Find the step by which evaluation, checkpoint and model are in time too, as the first rank counts.
 
-        One step is taken in any case, and none after the one that has ended the schedule.
+        A step that ends the schedule is taken in any case, and none after it.
         """
         step, costs = self._progress.step, self._pace.costs(self._plan)
         last = self.asked_steps if costs is None else costs.last_within(step, self.asked_steps, self.left_seconds())
         (agreed,) = self._ranks.most(last if self._ranks.leads else -inf)
-        self.total_steps = step if self._progress.position == 1.0 else max(int(agreed), step, 1)
+        self.total_steps = step if self._progress.position == 1.0 else max(int(agreed), step + 1)

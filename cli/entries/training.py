@@ -38,7 +38,8 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Print the batch that would run here, what it costs, and why it is not larger."""
-    from cli.commands import Remembering, plan_command
+    from cli.commands import plan_command
+    from cli.planning import Remembering
 
     plan_command(
         given,
@@ -74,25 +75,28 @@ def train(
     resume_weights_only: Annotated[
         bool, typer.Option("--resume-weights-only", help="Begin a new run, from the weights there alone.")
     ] = False,
+    rehearse: Annotated[
+        bool,
+        typer.Option(
+            "--rehearse",
+            help="Try it first, and leave: two steps on the longest samples, evaluation, save, kill, resume.",
+        ),
+    ] = False,
     show_config: ShowConfig = False,
     no_cache: NoCache = False,
     offline: Offline = False,
     debug: Debug = False,
 ) -> None:
     """Train a model, and leave one that transformers loads."""
-    from cli.commands import Remembering, train_command
+    from cli.planning import Remembering
+    from cli.running import Asked, train_command
     from cli.runs import Resuming
+    from profiles import resolve
 
-    train_command(
-        given,
-        profile,
-        config,
-        auto=auto,
-        plan_file=plan_file,
-        show_config=show_config,
-        remembering=Remembering(not no_cache, offline),
-        resuming=Resuming(resume, resume_from, resume_weights_only),
-    )
+    resolved, remembering = resolve(given, config, profile), Remembering(not no_cache, offline)
+    asked = Asked(resolved, given, profile, config, plan_file, auto, remembering)
+    resuming = Resuming(resume, resume_from, resume_weights_only)
+    train_command(asked, resuming, show_config=show_config, rehearsing=rehearse)
 
 
 @commands.command()

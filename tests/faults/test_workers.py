@@ -24,8 +24,8 @@ from autotune import measure, process
 from autotune.errors import MachineError
 from autotune.measure import trace_sizes, try_size
 from autotune.process import WorkerCrashedError, ask
-from cli import commands
-from cli.commands import look_at_data
+from cli import planning
+from cli.planning import look_at_data
 from profiles import resolve
 
 HERE = Path(__file__).parent
@@ -63,7 +63,7 @@ def test_a_worker_that_misbehaves_is_taken_for_what_it_is(
     """As a dry step, a trace, and where it looks at data; no process, descriptor or file is left of it."""
     monkeypatch.setattr(process, "COMMAND", (sys.executable, str(HERE / "misbehaving.py"), way))
     monkeypatch.setattr(measure, "SILENT_SECONDS", PATIENCE)
-    monkeypatch.setattr(commands, "SILENT_SECONDS", PATIENCE)
+    monkeypatch.setattr(planning, "SILENT_SECONDS", PATIENCE)
     monkeypatch.setattr(measure, "TIME_LIMIT_SECONDS", limit_of(way) / 3)
     monkeypatch.setenv("MUCH", str(trials(50, 10 * 1024) * MIB if "shouts" in way else 0))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
