@@ -138,7 +138,7 @@ def advice(plan: Plan) -> list[str]:
     rows, safe = batching.micro_batch_size, batching.largest_safe_micro_batch_size
     if batching.limited_by == "user" and 2 * peak < memory.budget_bytes:
         said.append(
-            f"{count(rows, 'row')} were given and take {peak / memory.budget_bytes:.0%} of the budget: "
+            f"the batch that was given, {count(rows, 'row')}, takes {peak / memory.budget_bytes:.0%} of the budget: "
             "--auto, without --batch-size-per-gpu, takes larger micro-batches for the same step"
         )
     elif machine.device == "cuda" and peak < UNDER_USED * machine.device_memory_total_bytes:

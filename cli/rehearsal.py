@@ -125,6 +125,13 @@ class Act:
     failure: str = ""
     seconds: float = 0.0
 
+    def take(self, event: Event) -> None:
+        """Take in what the worker says."""
+        if event["event"] == "metrics":
+            self.rows.append(event["row"])
+        elif event["event"] == "out_of_memory":
+            self.failure = f"memory ran out: {event['message']}"
+
     def of(self, kind: str, event: str = "") -> list[Metrics]:
         """Return its rows of a kind, or its events of a name."""
         return [row for row in self.rows if row["kind"] == kind and (not event or row.get("event") == event)]
@@ -149,20 +156,28 @@ def rehearse(job: Job, place: Path, lock: int) -> Iterator[Check]:
             folder.mkdir(parents=True)
         errand = _errand(job, first)
         act = _play(job, errand, lock, until_saved=STEPS)
-        yield from _proof(act)
-        yield from _steps(act, job.plan, job.facts)
-        yield from _evaluation(act)
-        yield from _save(act)
-        if act.failure or not act.of("event", "checkpoint"):
-            yield Check("resume", "not tried", "there was no checkpoint to go on from")
+        failed = False
+        for check in of_first(act, job.plan, job.facts):
+            failed = failed or check.verdict == "FAILED"
+            yield check
+        if failed:
+            yield Check("resume", "not tried", "mend what failed first")
             return
         begun = Resume(place=str(first / "checkpoints" / "step-00000001"), weights_only=False)
         going_on = errand.model_copy(update={"output_dir": str(second), "resume": begun})
         again = _play(job, going_on, lock)
-        yield _resume(act, again, exact=job.hardware.device == "cpu")
+        yield resumed(act, again, exact=job.hardware.device == "cpu")
         yield _model(again, second)
     finally:
         remove(scratch)
+
+
+def of_first(act: Act, plan: Plan, facts: Preprocessed) -> Iterator[Check]:
+    """Say what became of each thing that the first worker had to do."""
+    yield from _proof(act)
+    yield from _steps(act, plan, facts)
+    yield from _evaluation(act)
+    yield from _save(act)
 
 
 def _errand(job: Job, folder: Path) -> Train:
@@ -197,7 +212,7 @@ def _play(job: Job, errand: Train, lock: int, until_saved: int | None = None) ->
         worker.give(errand)
         try:
             for event in worker.events():
-                _take(act, event)
+                act.take(event)
                 saved = act.of("event", "checkpoint")
                 if until_saved and saved and saved[-1]["step"] == until_saved:
                     worker.kill()
@@ -209,13 +224,6 @@ def _play(job: Job, errand: Train, lock: int, until_saved: int | None = None) ->
             act.failure = act.failure or str(error)
         act.seconds = worker.seconds
     return act
-
-
-def _take(act: Act, event: Event) -> None:
-    if event["event"] == "metrics":
-        act.rows.append(event["row"])
-    elif event["event"] == "out_of_memory":
-        act.failure = f"memory ran out: {event['message']}"
 
 
 def _last_line(log: Path) -> str:
@@ -268,9 +276,10 @@ def _evaluation(act: Act) -> Iterator[Check]:
         return
     ran_out = [row for row in act.of("event", "out_of_memory") if row["where"] != "step"]
     row = act.evaluation
-    for event in ran_out:
-        name = "answers" if event["where"] == "answers" else "evaluation"
-        yield Check(name, "FAILED", f"memory ran out: {event['message']}")
+    for where in ("evaluation", "answers"):
+        message = next((event["message"] for event in ran_out if event["where"] == where), None)
+        if message is not None:
+            yield Check(where, "FAILED", f"memory ran out: {message}")
     if row is None:
         if not ran_out:
             yield Check("evaluation", "FAILED", act.failure)
@@ -299,7 +308,7 @@ def _save(act: Act) -> Iterator[Check]:
     yield Check("kill", "ok", "the worker was killed with signal 9 as its last checkpoint was there")
 
 
-def _resume(act: Act, again: Act, *, exact: bool) -> Check:
+def resumed(act: Act, again: Act, *, exact: bool) -> Check:
     """Hold the second step, taken again from the first one's checkpoint, against what it was."""
     before, after = act.step(STEPS), again.step(STEPS)
     if before is None or after is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -14,7 +15,7 @@ import typer
 
 from autotune.account import check_room, set_budget
 from autotune.errands import Preprocessed
-from autotune.errors import ConfigurationError, NothingFitsError, UserError
+from autotune.errors import ConfigurationError, MachineError, NothingFitsError, UserError
 from autotune.plan import Hardware, Plan, Workload
 from cli.decisions import advice, decisions
 from cli.launched import launched
@@ -95,12 +96,12 @@ def train_command(asked: Asked, resuming: Resuming, *, show_config: bool, rehear
         _follow(settings)
         return
     folder = find_run(settings, resuming).folder
+    if rehearsing:
+        _rehearse(asked, resuming, folder)
+        return
     with hold(folder) as lock:
         # Looked at again now that it is ours: one that was just leaving may have left a run, or a checkpoint.
         run = find_run(replace(settings, output_dir=str(folder)), resuming)
-        if rehearsing:
-            _rehearse(asked, run, lock)
-            return
         if resuming and run.resume is None:
             say(f"{run.folder} has no checkpoint: beginning at the start")
         job = _find_job(asked, run, partial(_check_disk, settings, folder))
@@ -131,18 +132,29 @@ def _check_disk(settings: Settings, folder: Path, _facts: Preprocessed, workload
     check_disk(folder, workload, settings.keep_last, hardware)
 
 
-def _rehearse(asked: Asked, run: RunPlace, lock: int) -> None:
+def _rehearse(asked: Asked, resuming: Resuming, folder: Path) -> None:
     """Make the checks, cheap ones first; raises typer.Exit with 1 where one fails."""
     began = time.monotonic()
-    checks = list(show_checks(_checks(asked, run, lock)))
+    checks = list(show_checks(_checks(asked, resuming, folder)))
     tell_outcome(checks, time.monotonic() - began)
     if any(check.verdict == "FAILED" for check in checks):
         raise typer.Exit(CHECK_FAILED)
-    show_command(out, "Train it:", asked.again(run.folder))
+    show_command(out, "Train it:", asked.again(folder))
 
 
-def _checks(asked: Asked, run: RunPlace, lock: int) -> Iterator[Check]:
-    """Yield the checks as they are made; once one of the cheap ones fails, no other is tried."""
+def _checks(asked: Asked, resuming: Resuming, folder: Path) -> Iterator[Check]:
+    """Hold the folder, and yield the checks as they are made; once one of the cheap ones fails, no other is tried."""
+    with ExitStack() as holding:
+        try:
+            lock = holding.enter_context(hold(folder))
+        except MachineError as error:
+            yield Check("folder", "FAILED", f"{error.message}; {error.hint}")
+            yield Check("run", "not tried", "mend this first")
+            return
+        yield from _checks_in(asked, find_run(replace(asked.resolved.settings, output_dir=str(folder)), resuming), lock)
+
+
+def _checks_in(asked: Asked, run: RunPlace, lock: int) -> Iterator[Check]:
     yield (folder := attempt("folder", partial(check_folder, run.folder)))
     cheap: list[Check] = []
 
