@@ -59,6 +59,44 @@ class Look(NamedTuple):
     notes: tuple[str, ...]
 
 
+class CardState(NamedTuple):
+    """One card of the machine, whether CUDA is to see it or not; None is what NVML does not tell."""
+
+    card: Card
+    mig: bool
+    """Whether it is cut in slices."""
+    celsius: int | None
+    clock_mhz: int | None
+    """Of its multiprocessors, now."""
+    most_clock_mhz: int | None
+    slowed_by: tuple[str, ...]
+    """Why its clock is held down, but for want of work."""
+
+
+class Survey(NamedTuple):
+    """All cards of the machine, and the driver that knows them."""
+
+    driver: str
+    """Empty where it is not known."""
+    cuda: tuple[int, int] | None
+    """The latest that the driver runs."""
+    states: tuple[CardState, ...]
+    hardware: bool
+    """Whether an NVIDIA card is seen in `/dev` or on the PCI bus, whatever NVML says."""
+    trouble: str
+    """Why NVML cannot be asked; empty where it can."""
+
+
+SLOWED_BY = {
+    "HwThermalSlowdown": "heat (hardware)",
+    "SwThermalSlowdown": "heat",
+    "HwPowerBrakeSlowdown": "power brake",
+    "SwPowerCap": "power limit",
+    "ApplicationsClocksSetting": "a clock that was set",
+}
+"""NVML's reasons, `nvmlClocksThrottleReason...`; HwSlowdown only says that there is one of the others."""
+
+
 def find_card(name: str) -> Card:
     """Find a card in the table by its name as people write it, with nothing on it.
 
@@ -122,6 +160,32 @@ def read_card(visible: str | None, nvml: Any = None, root: Path = Path("/")) -> 
             return _look_without_nvml(root)
         return _refuse("the NVIDIA driver cannot be asked for cards", _name_error(error))
     return _read_entry(nvml, entry)
+
+
+def survey_cards(nvml: Any = None, root: Path = Path("/")) -> Survey:
+    """Read every card there is, whatever CUDA_VISIBLE_DEVICES says; arguments as of `read_card`."""
+    nvml, hardware = nvml or _import_nvml(), _has_nvidia_hardware(root)
+    if nvml is None:
+        return Survey("", None, (), hardware, "the module pynvml is not installed")
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        return Survey("", None, (), hardware, _name_error(error))
+    try:
+        cuda = _ask(nvml, nvml.nvmlSystemGetCudaDriverVersion_v2)
+        handles = [
+            _ask(nvml, nvml.nvmlDeviceGetHandleByIndex, index)
+            for index in range(_ask(nvml, nvml.nvmlDeviceGetCount) or 0)
+        ]
+        return Survey(
+            driver=_decode(_ask(nvml, nvml.nvmlSystemGetDriverVersion)),
+            cuda=(cuda // 1000, cuda % 1000 // 10) if cuda else None,
+            states=tuple(_read_state(nvml, handle) for handle in handles if handle is not None),
+            hardware=hardware,
+            trouble="",
+        )
+    finally:
+        _ask(nvml, nvml.nvmlShutdown)
 
 
 def free_card_bytes() -> int | None:
@@ -246,6 +310,28 @@ def _read_device(nvml: Any, device: Any) -> Look:
     if capability is None:
         notes.append(f"the compute capability of {name} cannot be read: bf16 is not assumed")
     return Look(Card(name, memory, capability, _read_others(nvml, device)), tuple(notes))
+
+
+def _read_state(nvml: Any, device: Any) -> CardState:
+    """Read a card whole, as its driver has it."""
+    card = Card(
+        name=_decode(_ask(nvml, nvml.nvmlDeviceGetName, device)) or "NVIDIA card of unknown name",
+        memory=_ask(nvml, _read_memory, nvml, device),
+        compute_capability=_ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, device),
+        others=_read_others(nvml, device),
+    )
+    mode = _ask(nvml, nvml.nvmlDeviceGetMigMode, device)
+    reasons = _ask(nvml, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, device) or 0
+    return CardState(
+        card=card,
+        mig=mode is not None and mode[0] == nvml.NVML_DEVICE_MIG_ENABLE,
+        celsius=_ask(nvml, nvml.nvmlDeviceGetTemperature, device, nvml.NVML_TEMPERATURE_GPU),
+        clock_mhz=_ask(nvml, nvml.nvmlDeviceGetClockInfo, device, nvml.NVML_CLOCK_SM),
+        most_clock_mhz=_ask(nvml, nvml.nvmlDeviceGetMaxClockInfo, device, nvml.NVML_CLOCK_SM),
+        slowed_by=tuple(
+            said for name, said in SLOWED_BY.items() if reasons & getattr(nvml, f"nvmlClocksThrottleReason{name}")
+        ),
+    )
 
 
 def _read_memory(nvml: Any, device: Any) -> CardMemory | None:

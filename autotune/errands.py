@@ -462,7 +462,38 @@ class Answered(Fact):
     """Whether the model ended it; else its length did, or the user."""
 
 
+class Probe(Fact):
+    """Say what torch sees of this machine, and how fast the device is."""
+
+    errand: Literal["probe"] = "probe"
+    device: Device
+    """That is measured, where torch sees it."""
+    precisions: tuple[Precision, ...]
+
+
+class Probed(Fact):
+    """The answer to `Probe`."""
+
+    sees_card: bool
+    """Whether CUDA is there for torch."""
+    why_not: str
+    """What CUDA says where a card was to be measured and torch does not see it."""
+    architectures: tuple[str, ...]
+    """Of cards that this build of torch has kernels for (sm_86), or code to compile for later ones (compute_90)."""
+    instructions: str
+    """The largest set of a processor's vector instructions that torch uses."""
+    threads: int
+    matrix_flops: dict[Precision, float]
+    """Operations a second of dense matrix products."""
+    copy_bytes: float | None
+    """Bytes a second, read and written, of a large copy."""
+    failed: str
+    """Why a rate is missing; empty where none is."""
+    seconds: float
+
+
 Errand = Annotated[
-    Preprocess | Trace | Dry | Train | Follow | Import | Export | Evaluate | Chat, Field(discriminator="errand")
+    Preprocess | Trace | Dry | Train | Follow | Import | Export | Evaluate | Chat | Probe,
+    Field(discriminator="errand"),
 ]
 ERRAND: TypeAdapter[Errand] = TypeAdapter(Errand)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from cli.entries import data, models, training
+from cli.entries import data, looking, models, training
 
 EXIT_CODES = (
-    "Exit codes: 0 ok; 1 nothing fits; 2 usage or configuration; 3 data; 4 device or disk; 5 output folder in use; "
-    "70 internal error; 75 stopped and saved: go on with --resume; 130, 143 ended by a signal."
+    "Exit codes: 0 ok; 1 nothing fits, or a check failed; 2 usage or configuration; 3 data; 4 device or disk; "
+    "5 output folder in use; 70 internal error; 75 stopped and saved: go on with --resume; 130, 143 ended by a signal."
 )
 
 chatlm = typer.Typer(
@@ -19,7 +19,7 @@ chatlm = typer.Typer(
     add_completion=True,
     rich_markup_mode="rich",
 )
-for room in (training, data, models):
+for room in (training, data, models, looking):
     chatlm.add_typer(room.commands)
 
 

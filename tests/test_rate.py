@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.microbatch import SpecialTokens, WorstCase, collate, target_count
 from trainer.model import build_for
-from trainer.rate import matrix_flops, token_flops
+from trainer.rate import copy_bytes, matrix_flops, token_flops
 from trainer.step import accumulate, start
 
 CPU = torch.device("cpu")
@@ -39,3 +39,7 @@ def test_the_flops_of_a_token_are_those_that_torch_counts(family: str, frozen: t
 def test_a_device_multiplies_matrices_at_some_rate() -> None:
     rate = matrix_flops(CPU, "fp32")
     assert 1e8 < rate < 1e15
+
+
+def test_a_device_copies_memory_at_some_rate() -> None:
+    assert 1e8 < copy_bytes(CPU) < 1e14

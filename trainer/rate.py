@@ -1,8 +1,9 @@
-"""How fast this device multiplies matrices, and how much of that a step needs: utilization is one over the other."""
+"""How fast this device multiplies matrices and moves memory, and how much of the first a step needs."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,11 @@ from autotune.plan import Precision
 
 SIDE = {"cpu": 1024, "cuda": 8192}
 """Of square matrices: products that take some milliseconds, of sizes at which devices do best."""
+COPIED_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}
+"""More than caches hold: 96 MiB at most on cards, 32 MiB for each few cores on processors."""
 REPEATS = 8
+ENOUGH_SECONDS = 1.0
+"""After which no more are taken: some cards multiply fp16 at a 64th of their fp32 rate, 16 s for a product."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -19,13 +24,31 @@ def matrix_flops(device: torch.device, precision: Precision) -> float:
     """Return the floating-point operations a second of the fastest of a few dense matrix products."""
     side = SIDE.get(device.type, SIDE["cpu"])
     left, right = (torch.randn(side, side, device=device).to(DTYPES[precision]) for _ in range(2))
-    fastest = min(_seconds(left, right, device) for _ in range(1 + REPEATS))
-    return 2 * side**3 / fastest
+    return 2 * side**3 / _fastest(lambda: left @ right, device)
 
 
-def _seconds(left: torch.Tensor, right: torch.Tensor, device: torch.device) -> float:
+def copy_bytes(device: torch.device) -> float:
+    """Return the bytes a second, read ones and written ones together, of the fastest of a few large copies.
+
+    As STREAM counts them (McCalpin 1995): what a processor reads of a line before it writes to it is left out.
+    """
+    held = COPIED_BYTES.get(device.type, COPIED_BYTES["cpu"])
+    source = torch.ones(held, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * held / _fastest(lambda: target.copy_(source), device)
+
+
+def _fastest(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of the fastest time of several, of two at least."""
+    taken = [_seconds(work, device), _seconds(work, device)]
+    while len(taken) < 1 + REPEATS and sum(taken) < ENOUGH_SECONDS:
+        taken.append(_seconds(work, device))
+    return min(taken)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
     began = time.perf_counter()
-    left @ right
+    work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - began

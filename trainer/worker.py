@@ -44,6 +44,7 @@ from autotune.errands import (
     Import,
     Imported,
     Preprocess,
+    Probe,
     Trace,
     Train,
 )
@@ -60,6 +61,7 @@ from trainer.fingerprints import Hashing
 from trainer.loop import train
 from trainer.memory import first_line, is_memory_error, tighten_heap
 from trainer.model import make_deterministic
+from trainer.probe import probe
 from trainer.ranks import ALONE, PeerLostError, Ranks, join
 from trainer.rows import RowFile
 from trainer.scoring import score
@@ -147,6 +149,10 @@ def _do(errand: Errand, events: Events) -> None:
     if isinstance(errand, Trace):
         for report in trace(errand):
             events.send("result", result=report.model_dump(mode="json"))
+        return
+    if isinstance(errand, Probe):
+        _take_threads()
+        events.send("result", result=probe(errand).model_dump(mode="json"))
         return
     _prepare_device(errand)
     with ExitStack() as faster:
@@ -303,6 +309,10 @@ def _prepare_device(errand: Dry | Train | Follow | Evaluate | Chat) -> None:
         )
     if isinstance(errand, Dry | Train) and _workload(errand).deterministic == "on":
         make_deterministic()
+    _take_threads()
+
+
+def _take_threads() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 GIB = 2**30
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
 
 
 def gib(size: int | None) -> str:
@@ -16,6 +17,13 @@ def size(held: int) -> str:
         if held >= unit:
             return f"{held / unit:.1f} {name}"
     return f"{held} B"
+
+
+def rate(per_second: float, unit: str) -> str:
+    """Render a rate by powers of ten: 59.5 TFLOP/s, 18.2 GB/s."""
+    power, prefix = next((known for known in PREFIXES if per_second >= known[0]), PREFIXES[-1])
+    value = per_second / power
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f} {prefix}{unit}"
 
 
 def number(value: float | None, how: str) -> str:

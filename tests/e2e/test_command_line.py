@@ -32,7 +32,9 @@ def dialogues(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "dialogues.jsonl", DIALOGUES)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["train", "--help"], ["profiles"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plan", "--help"], ["train", "--help"], ["doctor", "--help"], ["profiles"]]
+)
 def test_help_and_profiles_load_no_heavy_library(arguments: list[str]) -> None:
     program = "import sys; from cli import chatlm; chatlm(sys.argv[1:], standalone_mode=False)"
     probe = program + "; print('LOADED', sorted({m.split('.')[0] for m in sys.modules}), file=sys.stderr)"
