@@ -22,8 +22,11 @@ class Tally:
         self._peak = self._tokens = 0
 
     def timed(self, row: Metrics, utilization: Callable[[Metrics, float], Metrics]) -> Metrics:
-        """Return a row with the seconds that it took, added up; those of a sample are its evaluation's."""
-        if row["kind"] == "sample":
+        """Return a row with the seconds that it took, added up; those of a sample are its evaluation's.
+
+        That steps were counted anew takes none, and may be told before the step that it is of.
+        """
+        if row["kind"] == "sample" or row.get("event") == "rescheduled":
             return row
         now = time.perf_counter()
         taken, self._began = now - self._began, now

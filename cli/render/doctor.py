@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cli.doctor.facts import SHARED_MEMORY, CardFacts, Facts, Finding
 from cli.render.console import out
-from cli.render.plan import others_line
+from cli.render.sentences import others_line
 from cli.render.units import count, gib, rate
 
 MIB = 2**20
