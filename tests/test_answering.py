@@ -1,0 +1,32 @@
+"""What answers will take, measured on a real small model: the law is that of what is measured, not of how fast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_runs import small_errand
+from tiny_models import build
+
+from trainer.answering import measure_answering
+from trainer.data import TokenStore
+from trainer.evaluate import question
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_what_is_measured_is_of_the_data_s_own_questions(family: str, tmp_path: Path) -> None:
+    errand = small_errand(tmp_path, family)
+    store, work = TokenStore(Path(errand.store)), errand.plan.workload
+    found = measure_answering(build(family), store, work, 42, 2**30, 1e-6)
+    assert found is not None
+    asked = [question(store, i, work) for i in range(len(store))]
+    assert found.prompt_tokens == pytest.approx(sum(len(q.prompt) for q in asked) / len(asked))
+    assert found.longest_answer <= max(len(q.reference or ()) for q in asked)
+    assert found.rows_at_once == len(asked), "there is room for all"
+    assert found.seconds_of_token > 0
+
+
+def test_where_not_one_row_has_room_nothing_is_said(tmp_path: Path) -> None:
+    errand = small_errand(tmp_path, "llama")
+    store, work = TokenStore(Path(errand.store)), errand.plan.workload
+    assert measure_answering(build("llama"), store, work, 42, 1, 1e-6) is None
