@@ -111,7 +111,7 @@ class Pace:
         planned = cast.seconds_per_epoch / cast.steps_per_epoch if cast else 0.0
         if not (self.steps or planned):
             return None
-        step = fmean(self.steps) if self.steps else planned
+        step = fmean(self._recent) if self.steps else planned
         slower = step / planned if planned else 1.0
         evaluation = (cast.validation_seconds + cast.answer_seconds) * slower if cast else 0.0
         return Costs(
@@ -142,11 +142,17 @@ class Pace:
         error = max(error, LEAST_ERROR * total)
         return Left(total, max(0.0, total - error), total + error)
 
+    @property
+    def _recent(self) -> list[float]:
+        """The later half of the steps: kernels and caches warm up over many."""
+        return list(self.steps)[len(self.steps) // 2 :]
+
     def _uneven(self) -> float:
-        size = len(self.steps) // BLOCKS
+        recent = self._recent
+        size = len(recent) // BLOCKS
         if size < 2:
-            return 0.25 if len(self.steps) < 4 else 0.15
-        seconds = list(self.steps)[-size * BLOCKS :]
+            return 0.25 if len(recent) < 4 else 0.15
+        seconds = recent[-size * BLOCKS :]
         blocks = [fmean(seconds[i : i + size]) for i in range(0, len(seconds), size)]
         return 2 * pstdev(blocks) / fmean(blocks)
 

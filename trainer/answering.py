@@ -37,10 +37,12 @@ def measure_answering(
     if not batches:
         return None
     prompt_tokens = float(np.mean([prompt for prompt, _ in lengths]))
-    several = max(1, min(len(batches[0]), int(READING_SECONDS / (seconds_per_token * prompt_tokens))))
-    middling = sorted(asked, key=lambda q: len(q.prompt))[(len(asked) - several) // 2 :][:several]
-    one = _seconds_of_token(generator, model, middling[:1])
-    many = _seconds_of_token(generator, model, middling) if several > 1 else one + seconds_per_token
+    behind = max(lengths)[0] + longest // 2 if generator.goes_on else 0
+    read = max(prompt_tokens, behind)
+    several = max(1, min(len(batches[0]), int(READING_SECONDS / (seconds_per_token * read))))
+    prompts = [_middle_of(q, behind) for q in asked[:several]]
+    one = _seconds_of_token(generator, model, prompts[:1])
+    many = _seconds_of_token(generator, model, prompts) if several > 1 else one + seconds_per_token
     return Answering(
         rows_at_once=max(len(batch) for batch in batches),
         prompt_tokens=prompt_tokens,
@@ -50,9 +52,17 @@ def measure_answering(
     )
 
 
-def _seconds_of_token(generator: Generator, model: Any, asked: list[Question]) -> float:
-    """Return what a further token of each of these rows takes, where a decoder has half of the answer behind it."""
-    prompts = [q.prompt + (q.reference or [])[: len(q.reference or ()) // 2] * generator.goes_on for q in asked]
+def _middle_of(asked: Question, behind: int) -> list[int]:
+    """Return a prompt that has so many tokens behind it as one has, on average, while an answer is given: any will do.
+
+    What a token takes grows with them.
+    """
+    tokens = asked.prompt + (asked.reference or [])
+    return np.resize(tokens, behind).tolist() if behind else asked.prompt
+
+
+def _seconds_of_token(generator: Generator, model: Any, prompts: list[list[int]]) -> float:
+    """Return what a further token of each of these rows takes."""
     taken = []
     for new in TOKENS:
         began = time.perf_counter()
