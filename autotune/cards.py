@@ -150,7 +150,7 @@ def read_card(visible: str | None, nvml: Any = None, root: Path = Path("/")) -> 
     entry = "0" if visible is None else visible.split(",")[0].strip()
     if entry in ("", "-1"):
         return Look(None, ())
-    nvml = nvml or _import_nvml()
+    nvml = nvml or import_nvml()
     if nvml is None:
         return _look_without_nvml(root)
     try:
@@ -164,7 +164,7 @@ def read_card(visible: str | None, nvml: Any = None, root: Path = Path("/")) -> 
 
 def survey_cards(nvml: Any = None, root: Path = Path("/")) -> Survey:
     """Read every card there is, whatever CUDA_VISIBLE_DEVICES says; arguments as of `read_card`."""
-    nvml, hardware = nvml or _import_nvml(), _has_nvidia_hardware(root)
+    nvml, hardware = nvml or import_nvml(), _has_nvidia_hardware(root)
     if nvml is None:
         return Survey("", None, (), hardware, "the module pynvml is not installed")
     try:
@@ -172,20 +172,20 @@ def survey_cards(nvml: Any = None, root: Path = Path("/")) -> Survey:
     except nvml.NVMLError as error:
         return Survey("", None, (), hardware, _name_error(error))
     try:
-        cuda = _ask(nvml, nvml.nvmlSystemGetCudaDriverVersion_v2)
+        cuda = ask(nvml, nvml.nvmlSystemGetCudaDriverVersion_v2)
         handles = [
-            _ask(nvml, nvml.nvmlDeviceGetHandleByIndex, index)
-            for index in range(_ask(nvml, nvml.nvmlDeviceGetCount) or 0)
+            ask(nvml, nvml.nvmlDeviceGetHandleByIndex, index)
+            for index in range(ask(nvml, nvml.nvmlDeviceGetCount) or 0)
         ]
         return Survey(
-            driver=_decode(_ask(nvml, nvml.nvmlSystemGetDriverVersion)),
+            driver=decode(ask(nvml, nvml.nvmlSystemGetDriverVersion)),
             cuda=(cuda // 1000, cuda % 1000 // 10) if cuda else None,
             states=tuple(_read_state(nvml, handle) for handle in handles if handle is not None),
             hardware=hardware,
             trouble="",
         )
     finally:
-        _ask(nvml, nvml.nvmlShutdown)
+        ask(nvml, nvml.nvmlShutdown)
 
 
 def free_card_bytes() -> int | None:
@@ -208,10 +208,11 @@ def _read_entry(nvml: Any, entry: str) -> Look:
     except MachineError as error:
         return _refuse(f"card {entry} cannot be used", error.message)
     finally:
-        _ask(nvml, nvml.nvmlShutdown)
+        ask(nvml, nvml.nvmlShutdown)
 
 
-def _import_nvml() -> Any:
+def import_nvml() -> Any:
+    """Return the module pynvml; None where it is not installed."""
     try:
         import pynvml
     except ImportError:
@@ -248,7 +249,7 @@ def _name_error(error: Exception) -> str:
     return f"NVML: {str(error).rstrip('.')}"
 
 
-def _ask(nvml: Any, question: Callable[..., Any], *about: Any) -> Any:
+def ask(nvml: Any, question: Callable[..., Any], *about: Any) -> Any:
     """Return NVML's answer; None for any error, for words that are none, and of a driver too old for the question."""
     try:
         return question(*about)
@@ -275,7 +276,7 @@ def _find_device(nvml: Any, entry: str) -> Any:
 
 def _find_by_uuid(nvml: Any, beginning: str, count: int) -> Any:
     """Find the one card whose UUID begins so; one that does not answer is another."""
-    cards = [_ask(nvml, nvml.nvmlDeviceGetHandleByIndex, index) for index in range(count)]
+    cards = [ask(nvml, nvml.nvmlDeviceGetHandleByIndex, index) for index in range(count)]
     named = [card for card in cards if card is not None and _read_uuid(nvml, card).startswith(beginning)]
     if len(named) != 1:
         raise MachineError(f"cards whose UUID begins so: {len(named)}")
@@ -287,23 +288,23 @@ def _take_slice(nvml: Any, card: Any) -> Any:
 
     docs.nvidia.com/datacenter/tesla/mig-user-guide, "CUDA Device Enumeration".
     """
-    mode = _ask(nvml, nvml.nvmlDeviceGetMigMode, card)
+    mode = ask(nvml, nvml.nvmlDeviceGetMigMode, card)
     if mode is None or mode[0] != nvml.NVML_DEVICE_MIG_ENABLE:
         return card
     for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(card)):
         # The indices of slices that were removed, or are another container's, stay empty.
-        found = _ask(nvml, nvml.nvmlDeviceGetMigDeviceHandleByIndex, card, index)
+        found = ask(nvml, nvml.nvmlDeviceGetMigDeviceHandleByIndex, card, index)
         if found is not None:
             return found
     raise MachineError("it is in MIG mode, and no slice of it is ours")
 
 
 def _read_device(nvml: Any, device: Any) -> Look:
-    name = _decode(_ask(nvml, nvml.nvmlDeviceGetName, device)) or "NVIDIA card of unknown name"
+    name = decode(ask(nvml, nvml.nvmlDeviceGetName, device)) or "NVIDIA card of unknown name"
     memory = _read_memory(nvml, device)
     # Only a slice lies on another card.
-    whole = _ask(nvml, nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, device)
-    capability = _ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, device if whole is None else whole)
+    whole = ask(nvml, nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, device)
+    capability = ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, device if whole is None else whole)
     notes = []
     if memory is None:
         notes.append(f"{name} has no memory of its own: what the host has and has free counts")
@@ -315,19 +316,19 @@ def _read_device(nvml: Any, device: Any) -> Look:
 def _read_state(nvml: Any, device: Any) -> CardState:
     """Read a card whole, as its driver has it."""
     card = Card(
-        name=_decode(_ask(nvml, nvml.nvmlDeviceGetName, device)) or "NVIDIA card of unknown name",
-        memory=_ask(nvml, _read_memory, nvml, device),
-        compute_capability=_ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, device),
+        name=decode(ask(nvml, nvml.nvmlDeviceGetName, device)) or "NVIDIA card of unknown name",
+        memory=ask(nvml, _read_memory, nvml, device),
+        compute_capability=ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, device),
         others=_read_others(nvml, device),
     )
-    mode = _ask(nvml, nvml.nvmlDeviceGetMigMode, device)
-    reasons = _ask(nvml, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, device) or 0
+    mode = ask(nvml, nvml.nvmlDeviceGetMigMode, device)
+    reasons = ask(nvml, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, device) or 0
     return CardState(
         card=card,
         mig=mode is not None and mode[0] == nvml.NVML_DEVICE_MIG_ENABLE,
-        celsius=_ask(nvml, nvml.nvmlDeviceGetTemperature, device, nvml.NVML_TEMPERATURE_GPU),
-        clock_mhz=_ask(nvml, nvml.nvmlDeviceGetClockInfo, device, nvml.NVML_CLOCK_SM),
-        most_clock_mhz=_ask(nvml, nvml.nvmlDeviceGetMaxClockInfo, device, nvml.NVML_CLOCK_SM),
+        celsius=ask(nvml, nvml.nvmlDeviceGetTemperature, device, nvml.NVML_TEMPERATURE_GPU),
+        clock_mhz=ask(nvml, nvml.nvmlDeviceGetClockInfo, device, nvml.NVML_CLOCK_SM),
+        most_clock_mhz=ask(nvml, nvml.nvmlDeviceGetMaxClockInfo, device, nvml.NVML_CLOCK_SM),
         slowed_by=tuple(
             said for name, said in SLOWED_BY.items() if reasons & getattr(nvml, f"nvmlClocksThrottleReason{name}")
         ),
@@ -351,7 +352,7 @@ def _read_memory(nvml: Any, device: Any) -> CardMemory | None:
 def _read_others(nvml: Any, device: Any) -> tuple[CardProcess, ...]:
     """Read who else is on the device, the largest first; a process of both kinds counts once."""
     kinds = (nvml.nvmlDeviceGetGraphicsRunningProcesses, nvml.nvmlDeviceGetComputeRunningProcesses)
-    found = {process.pid: process.usedGpuMemory for kind in kinds for process in _ask(nvml, kind, device) or ()}
+    found = {process.pid: process.usedGpuMemory for kind in kinds for process in ask(nvml, kind, device) or ()}
     found.pop(os.getpid(), None)
     processes = (CardProcess(process_id=pid, name=_name_process(pid), bytes=size) for pid, size in found.items())
     return tuple(sorted(processes, key=lambda process: (-(process.bytes or 0), process.process_id)))
@@ -366,9 +367,9 @@ def _name_process(process_id: int) -> str:
 
 
 def _read_uuid(nvml: Any, card: Any) -> str:
-    return _decode(_ask(nvml, nvml.nvmlDeviceGetUUID, card))
+    return decode(ask(nvml, nvml.nvmlDeviceGetUUID, card))
 
 
-def _decode(text: str | bytes | None) -> str:
+def decode(text: str | bytes | None) -> str:
     """Return the text, which older NVML bindings give as bytes; empty for none."""
     return text.decode() if isinstance(text, bytes) else text or ""

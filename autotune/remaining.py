@@ -86,7 +86,7 @@ class Pace:
         if event == "started":
             self._begin(row)
         elif event == "rescheduled":
-            self.total_steps = row["total_steps"]
+            self.total_steps = row.get("total_steps", self.total_steps)
         if not isinstance(seconds, int | float):
             return
         if kind == "train":
@@ -99,7 +99,7 @@ class Pace:
             self.checkpoints.append(seconds)
 
     def _begin(self, row: Mapping[str, Any]) -> None:
-        self.total_steps, self.step, self._own = row["total_steps"], row["step"], 0
+        self.total_steps, self.step, self._own = row.get("total_steps", self.total_steps), row["step"], 0
         self.evaluates_every, self.saves_best = row.get("evaluates_every"), bool(row.get("saves_best"))
         self.saves_every, self.saves_every_seconds = row.get("saves_every"), row.get("saves_every_seconds")
         for seen in (self.steps, self.evaluations, self.checkpoints):

@@ -7,8 +7,10 @@ import math
 import re
 import socket
 from array import array
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +40,13 @@ COLUMNS = (
 )
 """Of the rows of steps, what is kept: numbers alone, so that a run of a million steps has room."""
 TAIL_BYTES = 64 * 2**10
+BLOCK_BYTES = 2**20
+"""That are read at a time: a file of a million rows has a few hundred of these."""
+RECENT = 32
+"""Steps whose rows are kept whole."""
 ENDED = ("finished", "stopped")
+CLOCK_ERROR_SECONDS = 60.0
+"""Between when a process began, as the kernel has it, and when its file was written; a clock may be set in between."""
 
 
 class Checkpoint(NamedTuple):
@@ -50,6 +58,14 @@ class Checkpoint(NamedTuple):
     """Seconds since the epoch of the clock."""
 
 
+class Holder(NamedTuple):
+    """The process that has a run's folder, as it signed."""
+
+    process_id: int
+    here: bool
+    """Whether it is on this machine."""
+
+
 class Tail:
     """The whole lines that were added to a file of JSON lines since the last look.
 
@@ -58,10 +74,16 @@ class Tail:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.more = False
+        """Whether the last look left lines for the next."""
         self._at, self._last = 0, b""
 
     def read(self) -> tuple[list[Metrics], bool]:
-        """Return new rows, and whether they are all there are, since it was cut; what is no row is passed over."""
+        """Return new rows, of a block at most, and whether the file was cut, so that those before hold no longer.
+
+        What is no row is passed over.
+        """
+        self.more = False
         try:
             with self.path.open("rb") as file:
                 file.seek(self._at - len(self._last))
@@ -69,7 +91,8 @@ class Tail:
                 if anew:
                     file.seek(0)
                     self._at, self._last = 0, b""
-                words = file.read()
+                words = _block(file)
+                self.more = bool(file.peek(1))
         except OSError:
             return [], False
         whole = words[: words.rfind(b"\n") + 1]
@@ -77,6 +100,14 @@ class Tail:
         lines = whole.splitlines(keepends=True)
         self._last = lines[-1] if lines else self._last
         return [row for line in lines if (row := _row(line)) is not None], anew
+
+
+def _block(file: BufferedReader) -> bytes:
+    """Read on, until there is the end of a line or nothing is left."""
+    words = file.read(BLOCK_BYTES)
+    while b"\n" not in words and (more := file.read(BLOCK_BYTES)):
+        words += more
+    return words
 
 
 def _row(line: bytes) -> Metrics | None:
@@ -88,7 +119,8 @@ def _row(line: bytes) -> Metrics | None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is one that counts: no infinity, and nothing that is too much for a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 @dataclass
@@ -96,16 +128,33 @@ class History:
     """One run, as far as its folder tells; `refresh` takes in what is new."""
 
     folder: Path
+    kept: tuple[str, ...] = COLUMNS
+    """Which columns to keep: a million steps are 8 MB each."""
     plan: Plan | None = None
     """None where there is none, or none that can be read."""
-    columns: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in COLUMNS})
+    columns: dict[str, array[float]] = field(init=False)
     """Of the steps, by name, all of one length; nan where a row does not say, or said that it is no number."""
+    recent: deque[Metrics] = field(default_factory=lambda: deque(maxlen=RECENT))
+    """The last rows of steps."""
     validations: list[Metrics] = field(default_factory=list)
     events: list[Metrics] = field(default_factory=list)
+    steps: int = 0
+    """The last step that was taken."""
+    total_steps: int = 0
+    """Steps of the whole run, as its last beginning said, or a change since; 0 where nothing is known."""
+    peak_memory_bytes: int = 0
+    """The most that any row told of."""
     started: int = 0
-    """Steps of `columns` that were taken before the process began that wrote the last rows."""
+    """Rows of steps that were written before the process began that wrote the last ones."""
+    taken: int = 0
+    """Rows of steps."""
+    cuts: int = 0
+    """How often the file was cut, so that all began anew."""
+    holder: Holder | None = None
+    """Who had the folder when it was looked at last."""
 
     def __post_init__(self) -> None:
+        self.columns = {name: array("d") for name in self.kept}
         self._tail = Tail(self.folder / "metrics.jsonl")
         self._pace = Pace()
         self._plan_written = 0.0
@@ -116,44 +165,49 @@ class History:
         """What people call it: the folder's name."""
         return self.folder.resolve().name
 
-    @property
-    def steps(self) -> int:
-        """The last step that was taken."""
-        return int(self.columns["step"][-1]) if self.columns["step"] else 0
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run, as its last beginning said, or a change since; 0 where nothing is known."""
-        told = [row["total_steps"] for row in self.events if _is_number(row.get("total_steps"))]
-        return int(told[-1]) if told else 0
-
     def refresh(self) -> bool:
         """Take in what was written since; return whether there was anything."""
-        rows, anew = self._tail.read()
-        if anew:
-            for column in self.columns.values():
-                del column[:]
-            self.validations.clear()
-            self.events.clear()
-            self.started, self._pace = 0, Pace()
-        for row in rows:
-            self._take(row)
-        return self._read_plan() or bool(rows)
+        # Who holds it is asked first: a run that ends in between has written its last row when that is read.
+        held, self.holder = self.holder, find_holder(self.folder)
+        changed = held != self.holder
+        while True:
+            rows, anew = self._tail.read()
+            if anew:
+                self._forget()
+            for row in rows:
+                self._take(row)
+            changed |= anew or bool(rows)
+            if not self._tail.more:
+                return self._read_plan() or changed
 
     def left(self) -> Left | None:
         """Return what is left of the run's time, by what its own process took; None before its first steps."""
         return self._pace.left(self.plan)
 
+    def _forget(self) -> None:
+        for column in self.columns.values():
+            del column[:]
+        for rows in (self.recent, self.validations, self.events):
+            rows.clear()
+        self.steps = self.total_steps = self.peak_memory_bytes = self.started = self.taken = 0
+        self.cuts, self._pace = self.cuts + 1, Pace()
+
     def _take(self, row: Metrics) -> None:
         self._pace.add(row)
+        if _is_number(row.get("total_steps")):
+            self.total_steps = int(row["total_steps"])
+        if _is_number(row.get("peak_memory_bytes")):
+            self.peak_memory_bytes = max(self.peak_memory_bytes, int(row["peak_memory_bytes"]))
         if row.get("kind") == "train":
             for name, column in self.columns.items():
                 column.append(float(row[name]) if _is_number(row.get(name)) else math.nan)
+            self.recent.append(row)
+            self.steps, self.taken = int(row["step"]), self.taken + 1
         elif row.get("kind") == "validation":
             self.validations.append(row)
         elif row.get("kind") == "event" and isinstance(row.get("event"), str):
             if row["event"] == "started":
-                self.started = len(self.columns["step"])
+                self.started = self.taken
             self.events.append(row)
 
     def _read_plan(self) -> bool:
@@ -169,7 +223,7 @@ class History:
     @property
     def state(self) -> str:
         """`running`, `finished`, `stopped`, or `died` where it is none of these and nobody holds its folder."""
-        if _holder(self.folder) is not None:
+        if self.holder is not None:
             return "running"
         last = self.events[-1]["event"] if self.events else ""
         return last if last in ENDED else "died"
@@ -211,19 +265,33 @@ class History:
         return [(match[1], match[2], match[3]) for match in found if match]
 
 
-def _holder(folder: Path) -> int | None:
+def find_holder(folder: Path) -> Holder | None:
     """Return the process that holds a run's folder, as it signed; None where it is gone.
 
     One on another machine cannot be asked: it is taken to be there as long as its lock file is.
     """
     try:
-        signed = re.match(r"process (\d+) on (\S+) since", (folder / LOCK).read_text(encoding="utf-8"))
+        lock = folder / LOCK
+        signed = re.match(r"process (\d+) on (\S+) since", lock.read_text(encoding="utf-8"))
+        signed_at = lock.stat().st_mtime
     except (OSError, UnicodeDecodeError):
         return None
     if signed is None:
         return None
-    process_id = int(signed[1])
-    return process_id if signed[2] != socket.gethostname() or psutil.pid_exists(process_id) else None
+    holder = Holder(int(signed[1]), signed[2] == socket.gethostname())
+    return holder if not holder.here or _lives(holder.process_id, signed_at) else None
+
+
+def _lives(process_id: int, signed_at: float) -> bool:
+    """Say whether a process is there, and is the one that signed: a later one may have its number."""
+    try:
+        process = psutil.Process(process_id)
+        ended = process.status() == psutil.STATUS_ZOMBIE
+        return not ended and process.create_time() <= signed_at + CLOCK_ERROR_SECONDS
+    except psutil.AccessDenied:
+        return True
+    except (psutil.Error, OverflowError):
+        return False
 
 
 def is_run(folder: Path) -> bool:
@@ -238,9 +306,16 @@ def find_runs(named: list[str]) -> list[Path]:
     """
     if not named:
         found = [folder for folder in Path("runs").glob("*") if is_run(folder)]
-        return sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)
+        return sorted(found, key=_changed_at, reverse=True)
     for name in named:
         if not is_run(Path(name)):
             what = "holds no run" if Path(name).is_dir() else "no such folder"
             raise ConfigurationError(f"{name}: {what}", "give the folder of a run, such as runs/NAME")
     return [Path(name) for name in named]
+
+
+def _changed_at(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except OSError:  # it went as we looked
+        return 0.0

@@ -26,6 +26,12 @@ class FakeCard:
     slices: list[FakeCard | None] | None = None
     computing: dict[int, int | None] = field(default_factory=dict)
     drawing: dict[int, int | None] = field(default_factory=dict)
+    busy_percent: int | None = None
+    """None, here and below, where it is not supported."""
+    celsius: int | None = None
+    milliwatts: int | None = None
+    limit_milliwatts: int | None = None
+    reasons: int | None = None
 
 
 def call(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,6 +122,27 @@ class FakeNvml:
     def nvmlDeviceGetGraphicsRunningProcesses(self, card: FakeCard) -> list[SimpleNamespace]:  # noqa: N802
         return processes(card.drawing)
 
+    @call
+    def nvmlDeviceGetUtilizationRates(self, card: FakeCard) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace(gpu=told(card.busy_percent), memory=0)
+
+    @call
+    def nvmlDeviceGetTemperature(self, card: FakeCard, sensor: int) -> int:  # noqa: N802
+        assert sensor == pynvml.NVML_TEMPERATURE_GPU
+        return told(card.celsius)
+
+    @call
+    def nvmlDeviceGetPowerUsage(self, card: FakeCard) -> int:  # noqa: N802
+        return told(card.milliwatts)
+
+    @call
+    def nvmlDeviceGetEnforcedPowerLimit(self, card: FakeCard) -> int:  # noqa: N802
+        return told(card.limit_milliwatts)
+
+    @call
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, card: FakeCard) -> int:  # noqa: N802
+        return told(card.reasons)
+
 
 CALLS = [name for name in vars(FakeNvml) if name.startswith("nvml")]
 
@@ -130,6 +157,12 @@ def pick(found: list[Any], index: int) -> FakeCard:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
     assert isinstance(found[index], FakeCard)
     return found[index]  # type: ignore[no-any-return]
+
+
+def told(value: int | None) -> int:
+    if value is None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+    return value
 
 
 def processes(sizes: dict[int, int | None]) -> list[SimpleNamespace]:

@@ -1,4 +1,4 @@
-"""What is typed to look: at this machine, and at runs."""
+"""What is typed to look: at this machine, and at runs, while they go and after."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli.entries.shared import AsJson, Debug, guarded
+from cli.entries.shared import INTERNAL_ERROR, AsJson, Debug, guarded
 
 commands = typer.Typer()
 
@@ -28,3 +28,21 @@ def doctor(
     from cli.doctor.command import doctor_command
 
     doctor_command(run, bundle, as_json=as_json)
+
+
+@commands.command()
+@guarded
+def monitor(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Folders of runs; else those under runs/ that are running, or the newest.", metavar="RUN"),
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one picture and leave.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the same facts once, as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Watch cards, memory, disk and runs on one screen, live or after the fact; changes nothing."""
+    from cli.monitor import monitor_command
+
+    if not monitor_command(runs or [], once=once, as_json=as_json):
+        raise typer.Exit(INTERNAL_ERROR)

@@ -47,6 +47,14 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
+def fine_duration(seconds: float) -> str:
+    """Render a time of which seconds matter: 42 s, 4 min 18 s, 2 h 10 min, 4 d 3 h."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    return f"{seconds // 60} min {seconds % 60} s" if seconds < 3600 else duration(seconds)
+
+
 def short_duration(seconds: float) -> str:
     """Render a time in six characters: 42 s, 3.5 m, 2.2 h, 4.1 d."""
     for unit, name, until in ((1, "s", 90), (60, "m", 5400), (3600, "h", 172_800)):
