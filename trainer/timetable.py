@@ -71,7 +71,8 @@ class Timetable:
         if self._limit is None:
             return None
         self._count()
-        if abs(self.total_steps - self._told) <= TOLD * self._told:
+        ended = self._progress.position == 1.0
+        if abs(self.total_steps - self._told) <= (0 if ended else TOLD * self._told):
             return None
         self._told = self.total_steps
         event = {"kind": "event", "event": "rescheduled", "step": self._progress.step}
