@@ -75,6 +75,7 @@ bench: .venv/ready .venv-peers/ready
 	$(if $(CHATLM_REAL_DATA),$(BIN)/python benchmarks/data.py)
 	$(BIN)/python benchmarks/sample.py
 	$(BIN)/python benchmarks/monitor.py
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf .venv .venv-peers .venv-smoke build dist

@@ -7,9 +7,9 @@ import shutil
 from math import ceil
 
 from autotune.batching import PADDING_MULTIPLE, STARTING_TOKENS, largest_share
-from autotune.errands import Preprocessed
+from autotune.errands import DataSummary, Preprocessed
 from autotune.errors import ConfigurationError
-from autotune.plan import Hardware, Layout, LossHead, Precision
+from autotune.plan import Hardware, Layout, LossHead, Plan, Precision
 from autotune.shapes import padding_share
 from profiles import Settings
 from profiles.values import parse_bytes
@@ -21,6 +21,7 @@ TOGETHER = 32
 BYTES_OF_LOGIT = 8
 """With its gradient, in fp32."""
 MUCH = 1 / 16
+LAYOUTS: tuple[Layout, ...] = ("packed", "sorted", "fixed")
 
 
 def choose_precision(asked: str, family: str, hardware: Hardware) -> Precision:
@@ -82,8 +83,15 @@ def padding_by_layout(settings: Settings, facts: Preprocessed) -> dict[Layout, f
     assert data is not None
     share = min(data.samples, settings.effective_batch_size)
     rows = min(share, settings.batch_size_per_gpu or share)
-    layouts: tuple[Layout, ...] = ("packed", "sorted", "fixed")
-    return {layout: padding_share(data, layout, limits, rows, share, STARTING_TOKENS["cpu"]) for layout in layouts}
+    return {layout: padding_share(data, layout, limits, rows, share, STARTING_TOKENS["cpu"]) for layout in LAYOUTS}
+
+
+def planned_padding(plan: Plan, data: DataSummary) -> dict[Layout, float]:
+    """Return the share of padding that each layout would have, in the steps of a plan."""
+    batching, work = plan.batching, plan.workload
+    share = largest_share(min(data.samples, batching.effective_batch_size), batching.world_size)
+    rows, start = batching.micro_batch_size, work.starting_tokens
+    return {layout: padding_share(data, layout, work.limits, rows, share, start) for layout in LAYOUTS}
 
 
 def step_limits(settings: Settings, facts: Preprocessed) -> tuple[int, ...]:

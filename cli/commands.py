@@ -29,6 +29,7 @@ from cli.render.console import print_json, say
 from cli.render.data import print_data, sides
 from cli.render.explain import print_account, print_trials
 from cli.render.plan import print_plan
+from cli.render.plot import print_curves
 from cli.render.settings import print_config
 from cli.render.whatif import print_varied
 from cli.whatif import Stage, check_levers, longest_asked, parse_lever
@@ -43,6 +44,7 @@ def plan_command(
     as_json: bool,
     show_config: bool,
     explain: bool,
+    plot: bool,
     gpu: str | None,
     gpus: int,
     compare: bool,
@@ -55,6 +57,8 @@ def plan_command(
         print_config(resolved)
         return
     _check_cards(gpu, gpus, resolved.settings.ranks)
+    if plot and (as_json or compare or varied):
+        raise ConfigurationError("--plot draws one plan, for people", "leave out --json, --compare and --vary")
     if compare and varied:
         raise ConfigurationError("--compare and --vary are two tables", "give one of them")
     imagined = imagine_hardware(gpu, gpus, Path(resolved.settings.output_dir or ".")) if gpu else None
@@ -73,6 +77,8 @@ def plan_command(
     sources = {"profile": profile, "config": config}
     typed = as_arguments({name: value for name, value in sources.items() if value} | given)
     print_plan(plan, facts, _profile_line(resolved, profile), ["chatlm", "train", "--auto", *typed])
+    if plot:
+        print_curves(plan)
     if explain:
         print_trials(plan)
         print_account(plan.memory)

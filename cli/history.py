@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from autotune.errands import DataSummary
 from autotune.errors import ConfigurationError
-from autotune.plan import Plan
+from autotune.plan import Fact, Layout, Plan
 from autotune.remaining import Left, Pace
 from cli.lock import LOCK
 
@@ -47,6 +48,15 @@ RECENT = 32
 ENDED = ("finished", "stopped")
 CLOCK_ERROR_SECONDS = 60.0
 """Between when a process began, as the kernel has it, and when its file was written; a clock may be set in between."""
+
+
+class RunData(Fact):
+    """What a run is trained and evaluated on: its file `data.json`."""
+
+    data: DataSummary
+    validation: DataSummary | None
+    padding: dict[Layout, float]
+    """Share of it that each layout would have, in the steps of the run's plan."""
 
 
 class Checkpoint(NamedTuple):
@@ -254,6 +264,12 @@ class History:
         except OSError:
             return []
         return [row for line in lines if (row := _row(line)) is not None]
+
+    def data(self) -> RunData | None:
+        """Return what the run is trained on; None where it does not say."""
+        with suppress(OSError, ValueError):
+            return RunData.model_validate_json((self.folder / "data.json").read_bytes())
+        return None
 
     def settings(self) -> list[tuple[str, str, str]]:
         """Return what the run was given: name, value as TOML, origin."""

@@ -17,7 +17,9 @@ from autotune.account import check_room, set_budget
 from autotune.errands import Preprocessed
 from autotune.errors import ConfigurationError, MachineError, NothingFitsError, UserError
 from autotune.plan import Hardware, Plan, Workload
+from cli.choices import planned_padding
 from cli.decisions import advice, decisions
+from cli.history import RunData
 from cli.launched import launched
 from cli.lock import hold
 from cli.options import as_arguments
@@ -122,10 +124,18 @@ def _train(asked: Asked, run: RunPlace, job: Job, lock: int, *, launches: bool, 
         again,
         limit.seconds if limit else None,
     )
-    write = partial(write_run, run.folder, asked.resolved, job.settings, job.plan, job.evidence)
+    write = partial(write_run, run.folder, asked.resolved, job.settings, job.plan, job.evidence, _data_of(job))
     if run.resume is None:
         write()
     train(job, run, lock, Going(write, again, launches, began))
+
+
+def _data_of(job: Job) -> str:
+    """Return what is to be kept of the data of a run."""
+    data = job.facts.data
+    assert data is not None
+    kept = RunData(data=data, validation=job.facts.validation, padding=planned_padding(job.plan, data))
+    return kept.model_dump_json(indent=2)
 
 
 def _check_disk(settings: Settings, folder: Path, _facts: Preprocessed, workload: Workload, hardware: Hardware) -> None:

@@ -121,8 +121,10 @@ def check_disk(folder: Path, workload: Workload, keep_last: int, hardware: Hardw
         )
 
 
-def write_run(folder: Path, resolved: Resolved, settings: Settings, plan: Plan, evidence: str | None) -> None:
-    """Write what the run was given: `config.toml` with the origin of every value, `plan.json`, `evidence.json`.
+def write_run(
+    folder: Path, resolved: Resolved, settings: Settings, plan: Plan, evidence: str | None, data: str | None = None
+) -> None:
+    """Write what the run was given: `config.toml` with the origin of every value, and plan, evidence and data as JSON.
 
     Each is what it was or what it shall be, whatever ends us: a run that goes on writes them again.
     """
@@ -136,6 +138,8 @@ def write_run(folder: Path, resolved: Resolved, settings: Settings, plan: Plan, 
     write_whole(folder / "plan.json", plan.to_json() + "\n")
     if evidence is not None:
         write_whole(folder / "evidence.json", evidence + "\n")
+    if data is not None:
+        write_whole(folder / "data.json", data + "\n")
     sync(folder)
 
 

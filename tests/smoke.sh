@@ -25,7 +25,8 @@ for run in "$decoder" "$encoder_decoder"; do
     wait "$run" || { tail -n 99 ./*.log; exit 1; }
 done
 tail -n 99 ./*.log
-chatlm plan --gpu T4 --max-seq-len 64 --effective-batch-size 8
+chatlm report auto-tiny planned-tiny
+chatlm plan --plot --gpu T4 --max-seq-len 64 --effective-batch-size 8
 python - <<'PY'
 import json
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer

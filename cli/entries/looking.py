@@ -46,3 +46,18 @@ def monitor(
 
     if not monitor_command(runs or [], once=once, as_json=as_json):
         raise typer.Exit(INTERNAL_ERROR)
+
+
+@commands.command()
+@guarded
+def report(
+    named: Annotated[
+        list[str], typer.Argument(help="Folders of runs, side by side; or a plan.json.", metavar="RUN...|PLAN")
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="HTML file to write.", metavar="FILE")] = "report.html",
+    debug: Debug = False,
+) -> None:
+    """Write a page about runs, or a plan, with charts: one file that needs no network."""
+    from cli.report import report_command
+
+    report_command(named, output)

@@ -85,9 +85,9 @@ def _histogram(data: DataSummary, side: int, name: str) -> Table:
     return table
 
 
-def histogram_bars(histogram: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """Return at most ten bars of equal width: the first and last length, and the samples between."""
-    width = -(-histogram[-1][0] // BARS)
+def histogram_bars(histogram: Sequence[tuple[int, int]], most: int = BARS) -> list[tuple[int, int, int]]:
+    """Return bars of equal width, so many at most: the first and last length, and the samples between."""
+    width = -(-histogram[-1][0] // most)
     bars = [0] * -(-histogram[-1][0] // width)
     for length, samples in histogram:
         bars[max(0, length - 1) // width] += samples

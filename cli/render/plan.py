@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from autotune.errands import Preprocessed
+from autotune.errands import DataSummary, Preprocessed
 from autotune.plan import Alternative, Plan
 from cli.render.console import out, show_command
 from cli.render.data import data_line
@@ -29,7 +29,7 @@ def print_plan(plan: Plan, facts: Preprocessed, profile: str | None, command: Se
     table = Table.grid(padding=(0, 3))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, text in _plan_rows(plan, facts, profile):
+    for name, text in plan_rows(plan, facts.data, profile):
         table.add_row(f"  {name}", escape(text))
     out.print(table)
     out.print()
@@ -48,7 +48,8 @@ KINDS = {
 }
 
 
-def _plan_rows(plan: Plan, facts: Preprocessed, profile: str | None) -> list[tuple[str, str]]:
+def plan_rows(plan: Plan, data: DataSummary | None, profile: str | None) -> list[tuple[str, str]]:
+    """Return what would run and why, by what it is about."""
     work, machine = plan.workload, plan.hardware
     trained = f", {work.trainable_parameters / 1e6:.1f} M of them trained ({', '.join(work.frozen)} frozen)"
     rows = [
@@ -64,8 +65,8 @@ def _plan_rows(plan: Plan, facts: Preprocessed, profile: str | None) -> list[tup
     ]
     if machine.others:
         rows.append(("On the card", others_line(machine.others)))
-    if facts.data is not None:
-        rows.insert(1, ("Data", data_line(facts.data)))
+    if data is not None:
+        rows.insert(1, ("Data", data_line(data)))
     rows.append(("Memory", memory_line(plan)))
     if machine.device == "cuda":
         rows.append(("nvidia-smi", nvidia_smi_line(plan)))
@@ -77,7 +78,7 @@ def _plan_rows(plan: Plan, facts: Preprocessed, profile: str | None) -> list[tup
                 "at full length",
             )
         )
-    rows.append(("Layout", layout_line(plan, facts.data)))
+    rows.append(("Layout", layout_line(plan, data)))
     if plan.forecast is not None:
         rows.append(("Forecast", forecast_line(plan.forecast)))
     if profile is not None:

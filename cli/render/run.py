@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from autotune.bottleneck import bottleneck
+from autotune.bottleneck import Spent, bottleneck
 from autotune.plan import Plan
 from cli.progress import RunProgress
 from cli.render.console import tell, warn
@@ -27,7 +27,7 @@ def print_run(progress: RunProgress, plan: Plan) -> None:
         f"peak {gib(progress.peak_bytes)}"
     )
     tell(_against(progress.against))
-    for line in (_utilization(progress, plan), _waiting(progress, plan)):
+    for line in (_utilization(progress, plan), waiting_line(progress.spent, plan)):
         if line:
             tell(line)
     tell(f"model: {progress.model}")
@@ -49,8 +49,9 @@ def _utilization(progress: RunProgress, plan: Plan) -> str:
     )
 
 
-def _waiting(progress: RunProgress, plan: Plan) -> str:
-    found = bottleneck(progress.spent, plan)
+def waiting_line(spent: Spent, plan: Plan) -> str:
+    """Say what kept steps from being faster; empty where nothing is worth saying."""
+    found = bottleneck(spent, plan)
     return f"slowest part: {found.share:.0%} {found.what}; {found.advice}" if found else ""
 
 

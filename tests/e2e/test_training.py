@@ -63,7 +63,7 @@ def losses(run: Path) -> list[str]:
 
 def test_a_run_leaves_what_was_decided_what_happened_and_the_model(auto_run: Path) -> None:
     run = auto_run / "run"
-    files = {"config.toml", "plan.json", "evidence.json", "metrics.jsonl", "samples.jsonl", "log.txt"}
+    files = {"config.toml", "plan.json", "evidence.json", "data.json", "metrics.jsonl", "samples.jsonl", "log.txt"}
     assert {p.name for p in run.iterdir()} == files | {"checkpoints", "model"}
     assert [row["samples"] for row in metrics(run)] == [7, 7, 7, 3] * 2
     assert [row["epoch"] for row in metrics(run, "train")] == [1] * 4 + [2] * 4
