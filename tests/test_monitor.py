@@ -23,9 +23,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from cli.curves import Curve, Point
 from cli.lock import hold
-from cli.monitor import Glance, LeftFacts, Watch
+from cli.monitor.curves import Curve, Point
+from cli.monitor.facts import Glance, LeftFacts
+from cli.monitor.watch import Watch
 from cli.render.monitor import draw, plain
 from cli.render.screen import LiveScreen
 from cli.render.units import duration

@@ -13,7 +13,7 @@ import pytest
 
 from autotune.errands import Resume
 from autotune.errors import ConfigurationError, MachineError, RunExistsError
-from cli import running
+from cli.commands import train as train_room
 from cli.lock import hold
 from cli.planning import Remembering
 from cli.runs import Resuming, RunPlace, check_disk, find_run, write_run
@@ -69,10 +69,10 @@ def test_a_run_that_was_left_as_its_folder_was_taken_is_not_written_over(
         with hold(folder) as lock:
             yield lock
 
-    monkeypatch.setattr(running, "hold", late)
+    monkeypatch.setattr(train_room, "hold", late)
     with pytest.raises(RunExistsError, match="already holds a run"):
-        running.train_command(
-            running.Asked(resolve(given), given, None, None, None, False, Remembering(cache=False, offline=True)),
+        train_room.train_command(
+            train_room.Asked(resolve(given), given, None, None, None, False, Remembering(cache=False, offline=True)),
             Resuming(False, None, False), show_config=False, rehearsing=False,
         )  # fmt: skip
 

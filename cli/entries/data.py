@@ -42,7 +42,7 @@ def data(
     debug: Debug = False,
 ) -> None:
     """Print how long the rows of data are, what is cut, padded and trained on, and the first samples by token."""
-    from cli.commands import data_command
+    from cli.commands.data import data_command
 
     data_command(files or [], given, profile, config, as_json=as_json, show=show, show_config=show_config)
 
@@ -75,7 +75,7 @@ def sample(
 ) -> None:
     """Draw rows of data files, at random or of the best, and say what went and why."""
     from autotune.errors import ConfigurationError
-    from cli.files import sample_command
+    from cli.commands.files import sample_command
     from trainer.sampling import Wanted
 
     if (num_samples is None) == (fraction is None):
@@ -113,7 +113,7 @@ def prepare(
     debug: Debug = False,
 ) -> None:
     """Make clean parquet of data files as they are found, and say what was cleaned and what rejected."""
-    from cli.files import prepare_command
+    from cli.commands.files import prepare_command
     from trainer.preparing import Side
 
     # A ratio is to the rows of training: of what is left after those before it.
@@ -142,7 +142,7 @@ def train_tokenizer(
     debug: Debug = False,
 ) -> None:
     """Train byte-level BPE on rows drawn from files, and say how it cuts others."""
-    from cli.files import train_tokenizer_command
+    from cli.commands.files import train_tokenizer_command
 
     train_tokenizer_command(inputs, output, vocab_size, seed, report, as_json=as_json)
 
@@ -159,6 +159,6 @@ def inspect_tokenizer(
     debug: Debug = False,
 ) -> None:
     """Say what a tokenizer has and lacks, and how it cuts texts."""
-    from cli.files import inspect_tokenizer_command
+    from cli.commands.files import inspect_tokenizer_command
 
     inspect_tokenizer_command(folder, inputs or [], seed, as_json=as_json)

@@ -27,7 +27,7 @@ def import_weights(
     debug: Debug = False,
 ) -> None:
     """Make a model's folder of weights of MiniMind, ChatLM-mini-Chinese or others; runs no code of theirs."""
-    from cli.models import import_command
+    from cli.commands.models import import_command
 
     import_command(source, output, tokenizer, heads)
 
@@ -50,7 +50,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write a model in half precision and one file, for transformers or as MiniMind's own code loads it."""
-    from cli.models import export_command
+    from cli.commands.models import export_command
 
     export_command(place, output, layout, precision)
 
@@ -95,7 +95,7 @@ def chat(
     """Talk with a model, by its own template; several answer side by side."""
     from autotune.errands import Choosing
     from autotune.errors import ConfigurationError
-    from cli.models import chat_command
+    from cli.commands.models import chat_command
 
     if temperature == 0 and (top_p < 1 or top_k):
         raise ConfigurationError(
@@ -136,7 +136,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Print a model's loss, perplexity, accuracy, BLEU-4 and chrF on a file; of several, a table."""
-    from cli.models import evaluate_command
+    from cli.commands.models import evaluate_command
 
     told = {"limit": limit, "max_seq_len": max_seq_len, "max_target_len": max_target_len}
     given = {name: value for name, value in told.items() if value is not None} | {"data": tuple(data)}

@@ -39,7 +39,7 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Print the batch that would run here, what it costs, and why it is not larger."""
-    from cli.commands import plan_command
+    from cli.commands.plan import plan_command
     from cli.planning import Remembering
 
     plan_command(
@@ -90,8 +90,8 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train a model, and leave one that transformers loads."""
+    from cli.commands.train import Asked, train_command
     from cli.planning import Remembering
-    from cli.running import Asked, train_command
     from cli.runs import Resuming
     from profiles import resolve
 

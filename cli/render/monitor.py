@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from rich.cells import cell_len, set_cell_size
 
-from cli.curves import Point
-from cli.monitor import CardFacts, Glance, MachineFacts, MemoryFacts, RunFacts
+from cli.monitor.curves import Point
+from cli.monitor.facts import CardFacts, Glance, MachineFacts, MemoryFacts, RunFacts
 from cli.render.units import GIB, duration, fine_duration, gib, size
 
 LABEL = 9

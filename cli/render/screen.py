@@ -13,7 +13,8 @@ from textual.geometry import Size
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-from cli.monitor import Glance, Watch
+from cli.monitor.facts import Glance
+from cli.monitor.watch import Watch
 from cli.render.monitor import Line, draw
 
 REFRESH_SECONDS = 1.0

@@ -1,4 +1,4 @@
-"""What `chatlm plan` and `chatlm data` do, from settings to result."""
+"""What `chatlm plan` does: a plan, or tables of what would be otherwise."""
 
 from __future__ import annotations
 
@@ -7,26 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from autotune.cards import find_rates
-from autotune.errands import DataSummary
 from autotune.errors import ConfigurationError
 from autotune.evidence import alike
 from autotune.hardware import imagine_hardware
 from autotune.levers import Varied, measured_rates, vary
 from autotune.measure import trace_sizes
 from autotune.plan import Hardware, Rates, Workload
-from cli.choices import padding_by_layout
 from cli.options import as_arguments
 from cli.planning import (
     Remembering,
     decide,
     estimate_for,
-    look_at_data,
     measure_or_estimate,
     preprocess,
     read_hardware_of,
 )
 from cli.render.console import print_json, say
-from cli.render.data import print_data, sides
 from cli.render.explain import print_account, print_trials
 from cli.render.plan import print_plan
 from cli.render.plot import print_curves
@@ -93,45 +89,6 @@ def _check_cards(gpu: str | None, gpus: int, ranks: int) -> None:
             f"--ranks {ranks}, and ranks are as many as there are of a card that is named",
             f"give --gpus {ranks} in place of --ranks",
         )
-
-
-def data_command(
-    files: list[str],
-    given: dict[str, Any],
-    profile: str | None,
-    config: str | None,
-    *,
-    as_json: bool,
-    show: int,
-    show_config: bool,
-) -> None:
-    """Tokenize data, or find it tokenized, and print what it holds."""
-    if files:
-        given = given | {"data": [*given.get("data", []), *files]}
-    resolved = resolve(given, config, profile)
-    if show_config:
-        print_config(resolved)
-        return
-    settings = resolved.settings
-    facts = look_at_data(settings, read_hardware_of(settings).cores, demo=True, show=show)
-    data = facts.data
-    assert data is not None
-    padding = padding_by_layout(settings, facts)
-    if as_json:
-        held_out = facts.validation and _as_data(facts.validation)
-        tokens = [[token.model_dump() for token in sample] for sample in facts.shown]
-        print_json(json.dumps(_as_data(data) | {"padding": padding, "validation": held_out, "shown": tokens}))
-    else:
-        print_data(data, facts.validation, padding, facts.shown)
-
-
-def _as_data(data: DataSummary) -> dict[str, Any]:
-    """Return a summary with the percentiles that people look for."""
-    points = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
-    lengths = {
-        side: {name: data.percentile(i, share) for name, share in points.items()} for i, side in enumerate(sides(data))
-    }
-    return data.model_dump(mode="json") | {"percentiles": lengths}
 
 
 def _what_if(

@@ -5,14 +5,11 @@ What grows is read from where it was left; what is slow or hardly changes (folde
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +19,21 @@ from autotune.gauges import Gauge, Gauges
 from autotune.hardware import read_control_group_limits
 from autotune.process import held_bytes
 from autotune.remaining import Left
-from cli.curves import Curve, Point
 from cli.history import Checkpoint, History, Metrics, find_holder, find_runs
+from cli.monitor.curves import Curve
+from cli.monitor.facts import (
+    CardFacts,
+    CheckpointFacts,
+    DiskFacts,
+    Glance,
+    LeftFacts,
+    MachineFacts,
+    MemoryFacts,
+    NoticeFacts,
+    RunFacts,
+    SwapFacts,
+)
 
-SCHEMA = "chatlm.monitor/1"
 SLOW_SECONDS = 10.0
 """Between looks at what is slow to read."""
 MOST_RUNS = 4
@@ -41,160 +49,7 @@ ROUTINE = {
 """Events that are as they should be; any other is shown."""
 MOMENT_SECONDS = 0.2
 """Between two looks at the processor, at least: how busy it is is a difference."""
-WIDEST = 160
-"""Columns of one picture."""
 KEPT = ("step", "loss", "tokens_per_second")
-
-
-@dataclass(frozen=True)
-class CardFacts:
-    """One card, or slice of one; None is what it does not tell."""
-
-    name: str
-    shares_host_memory: bool
-    memory_total_bytes: int | None
-    memory_used_bytes: int | None
-    memory_of_runs_bytes: int | None
-    """What the runs that are shown hold."""
-    memory_of_others_bytes: int | None
-    memory_budget_bytes: int | None
-    """By the plan of the run that is on it."""
-    utilization: float | None
-    temperature_celsius: float | None
-    power_watts: float | None
-    power_limit_watts: float | None
-    slowed_by: tuple[str, ...] | None
-
-
-@dataclass(frozen=True)
-class MemoryFacts:
-    """The host's memory, or what a control group leaves of it."""
-
-    total_bytes: int
-    available_bytes: int
-    of_runs_bytes: int | None
-    """What the runs that are shown hold, anonymous and shared; None where no run of this machine is."""
-    budget_bytes: int | None
-    """By the plan of the run with the least."""
-
-
-@dataclass(frozen=True)
-class SwapFacts:
-    """The host's swap."""
-
-    total_bytes: int
-    used_bytes: int
-
-
-@dataclass(frozen=True)
-class DiskFacts:
-    """A disk that runs are on."""
-
-    folder: str
-    total_bytes: int
-    free_bytes: int
-
-
-@dataclass(frozen=True)
-class MachineFacts:
-    """What the machine has and does."""
-
-    name: str
-    cores: int
-    processor_utilization: float | None
-    """Share of all cores; None at the first look."""
-    memory: MemoryFacts
-    group: MemoryFacts | None
-    """Of the control group that leaves the least; None where none sets a limit."""
-    swap: SwapFacts
-    disks: tuple[DiskFacts, ...]
-    gpus: tuple[CardFacts, ...]
-    gpu_note: str
-    """Why no card is told of, where a driver refuses."""
-
-
-@dataclass(frozen=True)
-class LeftFacts:
-    """What is left of a run's time, and its range."""
-
-    seconds: float
-    low_seconds: float
-    high_seconds: float
-
-
-@dataclass(frozen=True)
-class CheckpointFacts:
-    """A checkpoint that lies there."""
-
-    step: int
-    held_bytes: int
-    age_seconds: float
-
-
-@dataclass(frozen=True)
-class NoticeFacts:
-    """The last thing that went otherwise than it should, and how many there were."""
-
-    event: str
-    step: int
-    message: str
-    count: int
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """One run: where it is and how it goes; None is what is not known, or is no number."""
-
-    name: str
-    folder: str
-    state: str
-    """running, finished, stopped or died."""
-    process_id: int | None
-    silent_seconds: float | None
-    """Since it wrote last."""
-    device: str | None
-    model: str | None
-    step: int
-    total_steps: int | None
-    epoch: float | None
-    epochs: float | None
-    left: LeftFacts | None
-    """None when it does not run."""
-    loss: float | None
-    validation_loss: float | None
-    validation_step: int | None
-    best_validation_loss: float | None
-    learning_rate: float | None
-    tokens_per_second: float | None
-    """Over the last steps of its process, as the next."""
-    model_flops_utilization: float | None
-    peak_memory_bytes: int | None
-    planned_peak_memory_bytes: int | None
-    memory_budget_bytes: int | None
-    checkpoints: tuple[CheckpointFacts, ...]
-    """The last ones, the newest first."""
-    notice: NoticeFacts | None
-    log: tuple[str, ...]
-    loss_curve: tuple[Point, ...]
-    tokens_per_second_curve: tuple[Point, ...]
-
-
-@dataclass(frozen=True)
-class Glance:
-    """All that is seen at a moment."""
-
-    at_seconds: float
-    """Since the epoch of the clock."""
-    machine: MachineFacts
-    runs: tuple[RunFacts, ...]
-
-    def to_json(self) -> str:
-        """Return it as one JSON object of schema `chatlm.monitor/1`."""
-        facts = asdict(self)
-        for run in facts["runs"]:
-            for name in ("loss_curve", "tokens_per_second_curve"):
-                run[name] = [point._asdict() for point in run[name]]
-        return json.dumps({"schema": SCHEMA} | facts, indent=2, allow_nan=False)
 
 
 class Watched:
@@ -442,35 +297,3 @@ def _age(now: float, then: float | None) -> float | None:
 def _number(value: object) -> float | None:
     """Return a number that is one; None for anything else."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def monitor_command(named: list[str], *, once: bool, as_json: bool) -> bool:
-    """Show runs and machine: on a terminal a screen, else, or where it is asked for, one picture.
-
-    Returns whether it ended as it should: a screen shows an error of ours itself. Raises ConfigurationError for a
-    name that is no run.
-    """
-    watch = Watch(named)
-    try:
-        if as_json or once or not sys.stdout.isatty():
-            time.sleep(MOMENT_SECONDS)
-            _tell(watch.look(), as_json=as_json)
-            return True
-        from cli.render.screen import LiveScreen
-
-        screen = LiveScreen(watch, sys.stdout.encoding)
-        screen.run(mouse=False)  # so that text can be marked, and copied
-        return not screen.return_code
-    finally:
-        watch.close()
-
-
-def _tell(glance: Glance, *, as_json: bool) -> None:
-    from cli.render.console import print_json
-    from cli.render.monitor import draw, plain
-
-    if as_json:
-        print_json(glance.to_json())
-        return
-    width = min(WIDEST, shutil.get_terminal_size((80, 24)).columns)
-    print_json(plain(draw(glance, width, None, sys.stdout.encoding or "ascii")))
