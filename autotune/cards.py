@@ -87,14 +87,29 @@ class Survey(NamedTuple):
     """Why NVML cannot be asked; empty where it can."""
 
 
-SLOWED_BY = {
-    "HwThermalSlowdown": "heat (hardware)",
-    "SwThermalSlowdown": "heat",
-    "HwPowerBrakeSlowdown": "power brake",
-    "SwPowerCap": "power limit",
-    "ApplicationsClocksSetting": "a clock that was set",
+REASONS = {
+    0x002: "a clock that was set",
+    0x004: "power limit",
+    0x008: "hardware slowdown",
+    0x010: "waits for other cards (sync boost)",
+    0x020: "heat",
+    0x040: "heat (hardware)",
+    0x080: "power brake",
+    0x100: "clocks of the display",
+    0x200: "board limit",
+    0x400: "reliability limit",
 }
-"""NVML's reasons, `nvmlClocksThrottleReason...`; HwSlowdown only says that there is one of the others."""
+"""docs.nvidia.com/deploy/nvml-api, "NvmlClocksEventReasons"; that it idles, 0x001, slows nothing."""
+IDLE = 0x001
+
+
+def slowdowns(reasons: int | None) -> tuple[str, ...] | None:
+    """Say in words what NVML names by bits; None where it does not tell."""
+    if reasons is None:
+        return None
+    known = tuple(word for bit, word in REASONS.items() if reasons & bit)
+    unknown = reasons & ~sum(REASONS) & ~IDLE
+    return (*known, f"reason {unknown:#x}") if unknown else known
 
 
 def find_card(name: str) -> Card:
@@ -322,16 +337,14 @@ def _read_state(nvml: Any, device: Any) -> CardState:
         others=_read_others(nvml, device),
     )
     mode = ask(nvml, nvml.nvmlDeviceGetMigMode, device)
-    reasons = ask(nvml, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, device) or 0
+    reasons = ask(nvml, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, device)
     return CardState(
         card=card,
         mig=mode is not None and mode[0] == nvml.NVML_DEVICE_MIG_ENABLE,
         celsius=ask(nvml, nvml.nvmlDeviceGetTemperature, device, nvml.NVML_TEMPERATURE_GPU),
         clock_mhz=ask(nvml, nvml.nvmlDeviceGetClockInfo, device, nvml.NVML_CLOCK_SM),
         most_clock_mhz=ask(nvml, nvml.nvmlDeviceGetMaxClockInfo, device, nvml.NVML_CLOCK_SM),
-        slowed_by=tuple(
-            said for name, said in SLOWED_BY.items() if reasons & getattr(nvml, f"nvmlClocksThrottleReason{name}")
-        ),
+        slowed_by=slowdowns(reasons) or (),
     )
 
 

@@ -9,26 +9,12 @@ from __future__ import annotations
 from collections.abc import Set
 from typing import Any, NamedTuple
 
-from autotune.cards import ask, decode, import_nvml
+from autotune.cards import ask, decode, import_nvml, slowdowns
 
 TEMPERATURE_OF_CHIP = 0
 """NVML_TEMPERATURE_GPU."""
 UNTOLD_BYTES = 2**30
 """That a card holds for no process at all: the driver's own. What is more is somebody's who is not told."""
-REASONS = {
-    0x002: "a clock that was set",
-    0x004: "power limit",
-    0x008: "hardware slowdown",
-    0x010: "waits for other cards (sync boost)",
-    0x020: "heat",
-    0x040: "heat (hardware)",
-    0x080: "power brake",
-    0x100: "clocks of the display",
-    0x200: "board limit",
-    0x400: "reliability limit",
-}
-"""docs.nvidia.com/deploy/nvml-api, "NvmlClocksEventReasons"; that it idles, 0x001, slows nothing."""
-IDLE = 0x001
 
 
 class Held(NamedTuple):
@@ -151,7 +137,7 @@ class _Dial:
             temperature_celsius=ask(nvml, nvml.nvmlDeviceGetTemperature, self._whole, TEMPERATURE_OF_CHIP),
             power_watts=self._milliwatts(nvml.nvmlDeviceGetPowerUsage),
             power_limit_watts=self._power_limit,
-            slowed_by=_words(ask(nvml, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, self._whole)),
+            slowed_by=slowdowns(ask(nvml, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, self._whole)),
             processes=self._processes(),
         )
 
@@ -176,11 +162,3 @@ class _Dial:
             return None
         found = {process.pid: process.usedGpuMemory for kind in told for process in kind or ()}
         return tuple(Held(process_id, size) for process_id, size in sorted(found.items()))
-
-
-def _words(reasons: int | None) -> tuple[str, ...] | None:
-    if reasons is None:
-        return None
-    known = tuple(word for bit, word in REASONS.items() if reasons & bit)
-    unknown = reasons & ~sum(REASONS) & ~IDLE
-    return (*known, f"reason {unknown:#x}") if unknown else known

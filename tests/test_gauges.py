@@ -10,7 +10,8 @@ from fake_nvml import CALLS, CODES, GIB, SECOND_SLICE, SLICE, SLICED, FakeCard, 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotune.gauges import REASONS, Gauge, Gauges, Held
+from autotune.cards import REASONS
+from autotune.gauges import Gauge, Gauges, Held
 
 BUSY = FakeCard(
     "NVIDIA GeForce RTX 3080", "GPU-1", 20 * GIB, 4 * GIB, computing={7: 12 * GIB}, drawing={8: GIB, 7: 12 * GIB},
