@@ -110,7 +110,7 @@ def _truth(run: Told) -> str:
         said.append(f"{speed:,.0f} tokens/s, really {real:,.0f} ({difference(real, speed)})")
         said.append(f"{duration(seconds)}, really {duration(run.seconds)} ({difference(run.seconds, seconds)})")
     answers = run.generation_seconds
-    told = f", of which {duration(answers)} went into answers, which no plan counts" if seconds and answers >= 1 else ""
+    told = f", of which {duration(answers)} went into answers" if seconds and answers >= 1 else ""
     return f"The plan said {'; '.join(said)}{told}."
 
 

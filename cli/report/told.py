@@ -96,7 +96,7 @@ class Told:
 
     @property
     def generation_seconds(self) -> float:
-        """What went into answers, which no plan counts."""
+        """What went into answers."""
         return math.fsum(row.get("generation_seconds") or 0.0 for row in self.history.validations)
 
     def validation(self, name: str = "loss") -> list[Point]:
