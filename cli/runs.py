@@ -122,7 +122,7 @@ def check_disk(folder: Path, workload: Workload, keep_last: int, hardware: Hardw
 
 
 def write_run(
-    folder: Path, resolved: Resolved, settings: Settings, plan: Plan, evidence: str | None, data: str | None = None
+    folder: Path, resolved: Resolved, settings: Settings, plan: Plan, evidence: str | None, data: str | None
 ) -> None:
     """Write what the run was given: `config.toml` with the origin of every value, and plan, evidence and data as JSON.
 

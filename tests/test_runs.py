@@ -22,7 +22,7 @@ from profiles import resolve
 
 def test_a_run_writes_every_value_in_force_and_where_it_came_from(tmp_path: Path) -> None:
     resolved = resolve({"epochs": 2.0}, None, "small")
-    write_run(tmp_path, resolved, resolved.settings, facts.plan(), evidence=None)
+    write_run(tmp_path, resolved, resolved.settings, facts.plan(), evidence=None, data=None)
     text = (tmp_path / "config.toml").read_text(encoding="utf-8")
     values = tomllib.loads(text)
     assert values["learning_rate"] == 1e-4

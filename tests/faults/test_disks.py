@@ -148,7 +148,7 @@ def test_a_disk_that_fills_as_a_run_goes_on_loses_nothing(
     tell(1)
 
 
-GIVEN = ("config.toml", "plan.json", "evidence.json")
+GIVEN = ("config.toml", "plan.json", "evidence.json", "data.json")
 
 
 def given_in(folder: Path) -> dict[str, str]:
@@ -161,7 +161,7 @@ def give(folder: Path, epochs: float) -> str:
     folder.mkdir(exist_ok=True)
     resolved, plan = resolve({"epochs": epochs}), facts.plan(workload=facts.workload(dropout=epochs / 10))
     try:
-        write_run(folder, resolved, resolved.settings, plan, evidence=f"{epochs}")
+        write_run(folder, resolved, resolved.settings, plan, evidence=f"{epochs}", data=f"{epochs}")
     except OSError as error:
         return str(error.strerror)
     return ""
