@@ -291,11 +291,16 @@ class Resume(Fact):
 class TimeLimit(Fact):
     """When a run has to end, its model saved."""
 
-    seconds: float
-    """From now on."""
-    until: float | None
-    """The same as a time of the clock, in seconds since its epoch, which holds for a run that goes on too; else what
-    the run took before counts."""
+    began_at: float
+    """When the command did, in seconds since the clock's epoch."""
+    ends_at: float
+    of_run: bool
+    """Whether what the run took before, in other processes, counts too."""
+
+    @property
+    def seconds(self) -> float:
+        """That the command may take."""
+        return self.ends_at - self.began_at
 
 
 class Train(Fact):

@@ -68,7 +68,7 @@ def train(job: Job, run: RunPlace, lock: int, going: Going) -> None:
         _signals_to(worker) as signals,
         RunProgress(job.plan) as progress,
     ):
-        worker.give(make_errand(job, run, time_left(job.settings, going.began)))
+        worker.give(make_errand(job, run, make_time_limit(job.settings, going.began)))
         failed: Event = {}
         for event in worker.events():
             if event["event"] == "metrics":
@@ -112,15 +112,6 @@ def make_errand(job: Job, run: RunPlace, limit: TimeLimit | None) -> Train:
         heartbeat_seconds=settings.heartbeat,
         tensorboard=settings.report_to == "tensorboard",
     )
-
-
-def time_left(settings: Settings, began: datetime) -> TimeLimit | None:
-    """Return the limit of time less what the command has taken until now."""
-    limit = make_time_limit(settings, began)
-    if limit is None:
-        return None
-    taken = (datetime.now().astimezone() - began).total_seconds()
-    return limit.model_copy(update={"seconds": limit.seconds - taken})
 
 
 def follow(settings: Settings, facts: Preprocessed, hardware: Hardware) -> None:

@@ -201,11 +201,12 @@ def make_saving(settings: Settings) -> Saving:
 def make_time_limit(settings: Settings, now: datetime) -> TimeLimit | None:
     """Say when a command that began now has to end; None where it may take what it takes."""
     if settings.max_time is not None:
-        return TimeLimit(seconds=parse_duration(settings.max_time), until=None)
+        began_at = now.timestamp()
+        return TimeLimit(began_at=began_at, ends_at=began_at + parse_duration(settings.max_time), of_run=True)
     if settings.finish_by is None:
         return None
-    moment = parse_moment(settings.finish_by, now)
-    return TimeLimit(seconds=(moment - now).total_seconds(), until=moment.timestamp())
+    ends_at = parse_moment(settings.finish_by, now).timestamp()
+    return TimeLimit(began_at=now.timestamp(), ends_at=ends_at, of_run=False)
 
 
 def read_plan(file: str) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_runs import small_errand
@@ -24,6 +25,21 @@ def test_what_is_measured_is_of_the_data_s_own_questions(family: str, tmp_path: 
     assert found.longest_answer <= max(len(q.reference or ()) for q in asked)
     assert found.rows_at_once == len(asked), "there is room for all"
     assert found.seconds_of_token > 0
+
+
+def test_a_token_is_timed_with_as_much_behind_it_as_one_has_on_average(tmp_path: Path) -> None:
+    errand, model = small_errand(tmp_path, "llama"), build("llama")
+    store, work, generate, lengths = TokenStore(Path(errand.store)), errand.plan.workload, model.generate, []
+
+    def spied(input_ids: Any, **told: Any) -> Any:
+        lengths.append(input_ids.shape[1])
+        return generate(input_ids=input_ids, **told)
+
+    model.generate = spied
+    found = measure_answering(model, store, work, 42, 2**30, 1e-6)
+    assert found is not None
+    asked = [question(store, i, work) for i in range(len(store))]
+    assert max(lengths) == max(len(q.prompt) for q in asked) + max(len(q.reference or ()) for q in asked) // 2
 
 
 def test_where_not_one_row_has_room_nothing_is_said(tmp_path: Path) -> None:

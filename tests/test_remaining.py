@@ -88,6 +88,10 @@ def test_before_any_step_the_plan_says_what_is_left() -> None:
     assert left is not None
     assert left.seconds == pytest.approx(60.0)
     assert left.low < left.seconds < left.high
+    pace.add(row(1, 100.0))
+    left = pace.left(facts.plan())
+    assert left is not None
+    assert left.seconds == pytest.approx(199 * 0.3), "a first step warms up, and tells nothing"
 
 
 def test_what_was_met_counts_and_what_was_not_is_the_plan_s_as_much_slower_as_its_steps() -> None:

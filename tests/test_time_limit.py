@@ -13,8 +13,12 @@ from autotune.errors import ConfigurationError
 from trainer.data import TokenStore, open_store
 
 
+def limit_of(seconds: float, *, of_run: bool = True) -> TimeLimit:
+    return TimeLimit(began_at=time.time(), ends_at=time.time() + seconds, of_run=of_run)
+
+
 def test_a_run_of_so_much_time_ends_its_schedule_and_evaluates_and_saves_in_it(tmp_path: Path) -> None:
-    limit = TimeLimit(seconds=4.0, until=None)
+    limit = limit_of(4.0)
     rows = run(small_errand(tmp_path, "llama", epochs=10_000.0, time_limit=limit))
     steps = of_kind(rows, "train")
     assert 3 < len(steps) < 30_000
@@ -27,13 +31,12 @@ def test_a_run_of_so_much_time_ends_its_schedule_and_evaluates_and_saves_in_it(t
 
 
 def test_a_run_that_goes_on_has_taken_some_of_its_time(tmp_path: Path) -> None:
-    limit = TimeLimit(seconds=300.0, until=None)
-    errand = small_errand(tmp_path, "llama", epochs=10_000.0, time_limit=limit)
+    errand = small_errand(tmp_path, "llama", epochs=10_000.0, time_limit=limit_of(300.0))
     run(errand, stopping_at(5))
     with pytest.raises(ConfigurationError, match="no time is left of what the run was given"):
-        run(going_on(errand, time_limit=TimeLimit(seconds=1e-3, until=None)))
+        run(going_on(errand, time_limit=limit_of(1e-2)))
     # By the clock it is not what the run has taken that counts.
-    rows = run(going_on(errand, time_limit=TimeLimit(seconds=1e-3, until=time.time() + 2)))
+    rows = run(going_on(errand, time_limit=limit_of(2.0, of_run=False)))
     assert of_kind(rows, "finished")
     assert of_kind(rows, "train")[-1]["learning_rate"] == pytest.approx(0.1 * 1e-3)
 

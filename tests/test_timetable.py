@@ -43,7 +43,7 @@ def trained(
     """Rates of the steps that are taken, the seconds that all took, and how far it is."""
     clock, pace, progress = Clock(), Pace(), progress or Progress()
     before = progress.seconds
-    told = None if limit is None else TimeLimit(seconds=limit, until=None)
+    told = None if limit is None else TimeLimit(began_at=0.0, ends_at=limit, of_run=True)
     plan = facts.plan(forecast=None)
     table = Timetable(asked, progress, told, plan, ALONE, pace, clock=clock)
     pace.add(

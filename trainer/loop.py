@@ -103,7 +103,8 @@ class Run:
         self.clock = SaveClock(self.errand.saving, self.steps_per_epoch)
         self.checkpoints = Path(self.errand.output_dir) / manifest.FOLDER
         self.origin = Origin(identity_of(self.errand, self.store), recipe, plan)
-        self._began, self._seconds_before = time.monotonic(), 0.0
+        limit = self.errand.time_limit
+        self._began_at, self._seconds_before = limit.began_at if limit else time.time(), 0.0
         self._orders: dict[int, Order] = {}
         self._special = special_tokens(self.model, self.errand)
         del self.model  # which the state has
@@ -351,7 +352,7 @@ class Run:
         yield from self._read()
         event = {"kind": "event", "event": "checkpoint", "step": self.progress.step}
         self.clock.saved()
-        self.progress.seconds = self._seconds_before + time.monotonic() - self._began
+        self.progress.seconds = self._seconds_before + time.time() - self._began_at
         if not self.ranks.leads:
             return
         try:

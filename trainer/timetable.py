@@ -33,7 +33,7 @@ class Timetable:
         plan: Plan,
         ranks: Ranks,
         pace: Pace,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.asked_steps = self.total_steps = self._told = asked_steps
         self._progress, self._plan, self._ranks, self._pace = progress, plan, ranks, pace
@@ -41,7 +41,7 @@ class Timetable:
         if limit is None:
             progress.position = None
             return
-        self._end = clock() + limit.seconds - progress.seconds
+        self._ends_at = limit.ends_at - (progress.seconds if limit.of_run else 0.0)
         if progress.position is None:
             progress.position = progress.step / asked_steps
         if ranks.any(self.left_seconds() <= 0)[0]:
@@ -52,10 +52,8 @@ class Timetable:
         self._count()
 
     def left_seconds(self) -> float:
-        """Return the seconds that are left; a time of day is that of the clock, whatever became of it."""
-        if self._limit is None:
-            return inf
-        return self._end - self._clock() if self._limit.until is None else self._limit.until - time.time()
+        """Return the seconds that are left."""
+        return inf if self._limit is None else self._ends_at - self._clock()
 
     def place(self) -> float:
         """Return the place of the step to come in a schedule of all steps: its number, or its share of what is left."""

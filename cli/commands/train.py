@@ -45,7 +45,7 @@ from cli.render.console import out, say, show_command
 from cli.render.rehearsal import show_checks, tell_outcome
 from cli.render.settings import print_config
 from cli.runs import Resuming, RunPlace, check_disk, find_run, write_run
-from cli.training import Going, Job, follow, time_left, train
+from cli.training import Going, Job, follow, train
 from cli.wiring import (
     check_ranks,
     check_reporting,
@@ -112,7 +112,7 @@ def train_command(asked: Asked, resuming: Resuming, *, show_config: bool, rehear
 
 def _train(asked: Asked, run: RunPlace, job: Job, lock: int, *, launches: bool, began: datetime) -> None:
     again = [*asked.again(run.folder), "--resume"]
-    limit = time_left(job.settings, began)
+    limit = make_time_limit(job.settings, began)
     print_banner(
         asked.resolved,
         asked.profile,
@@ -122,7 +122,7 @@ def _train(asked: Asked, run: RunPlace, job: Job, lock: int, *, launches: bool, 
         decisions(asked.resolved, job.plan, job.facts, by_plan=job.evidence is None),
         advice(job.plan),
         again,
-        limit.seconds if limit else None,
+        limit.ends_at if limit else None,
     )
     write = partial(write_run, run.folder, asked.resolved, job.settings, job.plan, job.evidence, _data_of(job))
     if run.resume is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 from rich.markup import escape
@@ -30,7 +31,7 @@ def print_banner(
     decided: Sequence[Decision],
     advised: Sequence[str],
     again: Sequence[str],
-    left_seconds: float | None,
+    ends_at: float | None,
 ) -> None:
     """Print it to stderr: the result of training is not this."""
     work = plan.workload
@@ -39,7 +40,7 @@ def print_banner(
         f"[bold]chatlm train[/]: {escape(work.model)}, {work.parameters / 1e6:.1f} M parameters{frozen}, {work.task}, "
         f"{work.stage} -> {escape(str(folder))}"
     )
-    rows = _rows(resolved, profile, plan, facts, left_seconds)
+    rows = _rows(resolved, profile, plan, facts, ends_at)
     _print_grid((name, text) for name, text in rows if text)
     if decided:
         say("decided for you:")
@@ -60,7 +61,7 @@ def _print_grid(rows: Iterator[tuple[str, str]]) -> None:
 
 
 def _rows(
-    resolved: Resolved, profile: str | None, plan: Plan, facts: Preprocessed, left_seconds: float | None
+    resolved: Resolved, profile: str | None, plan: Plan, facts: Preprocessed, ends_at: float | None
 ) -> Iterator[tuple[str, str]]:
     machine, work = plan.hardware, plan.workload
     if profile is not None:
@@ -84,16 +85,17 @@ def _rows(
     yield "memory", memory_line(plan)
     if machine.device == "cuda":
         yield "nvidia-smi", nvidia_smi_line(plan)
-    yield "time", _time(plan, left_seconds)
+    yield "time", _time(plan, ends_at)
 
 
-def _time(plan: Plan, left_seconds: float | None) -> str:
+def _time(plan: Plan, ends_at: float | None) -> str:
     cast = plan.forecast
+    by = f"ends by {_clock(ends_at)}, with the learning rate at its end" if ends_at is not None else ""
     if cast is None:
-        return "" if left_seconds is None else f"ends by {_clock(left_seconds)}, with the learning rate at its end"
-    if left_seconds is not None and cast.total_steps < cast.asked_steps:
-        return f"{forecast_line(cast)}; ends by {_clock(left_seconds)}, with the learning rate at its end"
-    return f"{forecast_line(cast)}; done by about {_clock(cast.total_seconds)}"
+        return by
+    if ends_at is not None and cast.total_steps < cast.asked_steps:
+        return f"{forecast_line(cast)}; {by}"
+    return f"{forecast_line(cast)}; done by about {_clock(time.time() + cast.total_seconds)}"
 
 
 def _last_step(plan: Plan) -> str:
@@ -103,11 +105,10 @@ def _last_step(plan: Plan) -> str:
     return f"; the last step of an epoch has {left}" if left else ""
 
 
-def _clock(seconds: float) -> str:
-    """Return when that is: a time of day, with its date where it is another day."""
-    now = datetime.now().astimezone()
-    then = now + timedelta(seconds=seconds)
-    return f"{then:%H:%M}" if then.date() == now.date() else f"{then:%Y-%m-%d %H:%M}"
+def _clock(at: float) -> str:
+    """Return a moment as a time of day, with its date where it is another day."""
+    then = datetime.fromtimestamp(at).astimezone()
+    return f"{then:%H:%M}" if then.date() == datetime.now().astimezone().date() else f"{then:%Y-%m-%d %H:%M}"
 
 
 def changes(resolved: Resolved) -> list[str]:
