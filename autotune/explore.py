@@ -55,6 +55,8 @@ class Timing:
     """Whether smaller sizes than the one that would run are timed beside it."""
     layouts: tuple[Layout, ...]
     """Whether, and which, other layouts than the workload's are."""
+    answered: tuple[str, int]
+    """The store whose rows an evaluation has answered, and how many."""
 
 
 @dataclass
@@ -190,6 +192,7 @@ class Exploration:
             share=self.timing.share,
             sizes=tuple(sizes),
             layouts=self.timing.layouts,
+            answered=self.timing.answered,
         )
 
     @property

@@ -121,7 +121,9 @@ class Planner:
             chosen = request.layout == "given" or workload.layout != asked.layout or compiled
             others = () if chosen else LAYOUTS[LAYOUTS.index(workload.layout) + 1 :]
             share = largest_share(self._inputs.samples, self._hardware.world_size)
-            timing = Timing(data.store, self._inputs.recipe.seed, share, smaller, others)
+            recipe = self._inputs.recipe
+            answered = (self._inputs.validation or data).store, max(1, recipe.bleu_rows)
+            timing = Timing(data.store, recipe.seed, share, smaller, others, answered)
         exploration = Exploration(
             workload=workload,
             hardware=self._hardware,

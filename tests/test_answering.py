@@ -18,7 +18,7 @@ from trainer.evaluate import question
 def test_what_is_measured_is_of_the_data_s_own_questions(family: str, tmp_path: Path) -> None:
     errand = small_errand(tmp_path, family)
     store, work = TokenStore(Path(errand.store)), errand.plan.workload
-    found = measure_answering(build(family), store, work, 42, 2**30, 1e-6)
+    found = measure_answering(build(family), store, work, range(len(store)), 2**30, 1e-6)
     assert found is not None
     asked = [question(store, i, work) for i in range(len(store))]
     assert found.prompt_tokens == pytest.approx(sum(len(q.prompt) for q in asked) / len(asked))
@@ -36,7 +36,7 @@ def test_a_token_is_timed_with_as_much_behind_it_as_one_has_on_average(tmp_path:
         return generate(input_ids=input_ids, **told)
 
     model.generate = spied
-    found = measure_answering(model, store, work, 42, 2**30, 1e-6)
+    found = measure_answering(model, store, work, range(len(store)), 2**30, 1e-6)
     assert found is not None
     asked = [question(store, i, work) for i in range(len(store))]
     assert max(lengths) == max(len(q.prompt) for q in asked) + max(len(q.reference or ()) for q in asked) // 2
@@ -45,4 +45,4 @@ def test_a_token_is_timed_with_as_much_behind_it_as_one_has_on_average(tmp_path:
 def test_where_not_one_row_has_room_nothing_is_said(tmp_path: Path) -> None:
     errand = small_errand(tmp_path, "llama")
     store, work = TokenStore(Path(errand.store)), errand.plan.workload
-    assert measure_answering(build("llama"), store, work, 42, 1, 1e-6) is None
+    assert measure_answering(build("llama"), store, work, range(len(store)), 1, 1e-6) is None

@@ -70,7 +70,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def on_samples(store: str) -> Trial:
     """The same eight rows, and real samples after."""
-    return tried(8, excerpt=Excerpt(store=store, seed=42, share=16, sizes=(8, 2), layouts=()))
+    return tried(8, excerpt=Excerpt(store=store, seed=42, share=16, sizes=(8, 2), layouts=(), answered=(store, 8)))
 
 
 def test_a_size_that_fits_tells_peaks_and_times(plain: Trial) -> None:
@@ -86,7 +86,7 @@ def test_a_size_that_fits_tells_peaks_and_times(plain: Trial) -> None:
 
 
 def test_local_ranks_take_the_steps_together_and_the_weakest_is_told(plain: Trial, store: str) -> None:
-    excerpt = Excerpt(store=store, seed=42, share=16, sizes=(8, 2), layouts=())
+    excerpt = Excerpt(store=store, seed=42, share=16, sizes=(8, 2), layouts=(), answered=(store, 8))
     trial = try_size(errand(8, excerpt=excerpt, ranks=2), PROCESSOR)
     assert trial.completed
     assert trial.verified
@@ -121,7 +121,7 @@ def test_real_samples_are_timed_at_each_size_in_turn(on_samples: Trial, plain: T
 
 @pytest.fixture(scope="module")
 def many_rows(store: str) -> Trial:
-    return tried(16, excerpt=Excerpt(store=store, seed=42, share=16, sizes=(16,), layouts=()))
+    return tried(16, excerpt=Excerpt(store=store, seed=42, share=16, sizes=(16,), layouts=(), answered=(store, 8)))
 
 
 def test_the_heaviest_real_micro_batches_hold_less_than_the_worst_case(many_rows: Trial, plain: Trial) -> None:
@@ -134,7 +134,7 @@ def test_the_heaviest_real_micro_batches_hold_less_than_the_worst_case(many_rows
 
 
 def test_a_size_over_the_budget_is_left_after_the_steps_that_tell_so(on_samples: Trial, store: str) -> None:
-    excerpt = Excerpt(store=store, seed=42, share=16, sizes=(8, 2), layouts=())
+    excerpt = Excerpt(store=store, seed=42, share=16, sizes=(8, 2), layouts=(), answered=(store, 8))
     within, over = on_samples, try_size(errand(8, excerpt=excerpt, budget_bytes=0), PROCESSOR)
     assert (len(within.timings), len(over.timings)) == (len(DRY_LENGTHS), len(EXPLORING_LENGTHS))
     assert (within.verified, over.verified) == (True, False)

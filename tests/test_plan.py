@@ -346,7 +346,9 @@ PREPROCESS = Preprocess(
     cache_dir="/cache",
 )
 RECIPE = recipe(epochs=0.5, weight_decay=0.0, clip=0.0)
-EXCERPT = Excerpt(store="/cache/tokens/5f0c", seed=42, share=16, sizes=(4, 2), layouts=("sorted",))
+EXCERPT = Excerpt(
+    store="/cache/tokens/5f0c", seed=42, share=16, sizes=(4, 2), layouts=("sorted",), answered=("/cache/tokens/77", 64)
+)
 ERRANDS = [
     PREPROCESS,
     Trace(device="cpu", fast_bf16=True, workloads=(workload(),), micro_batch_sizes=(1, 4)),

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from autotune.errands import TokenIds
 from autotune.plan import Answering, Workload
-from trainer.data import Order, TokenStore
+from trainer.data import TokenStore
 from trainer.evaluate import Question, most_new, question
 from trainer.generate import Generator, in_batches
 
-ROWS = 64
-"""That are scored by default."""
 TOKENS = (2, 10)
 """Of two answers: the second one's further tokens are what a token takes."""
 READING_SECONDS = 1.0
@@ -22,15 +21,15 @@ READING_SECONDS = 1.0
 
 
 def measure_answering(
-    model: Any, store: TokenStore, workload: Workload, seed: int, room_bytes: float, seconds_per_token: float
+    model: Any, store: TokenStore, workload: Workload, rows: Sequence[int], room_bytes: float, seconds_per_token: float
 ) -> Answering | None:
-    """Time the next token of one row and of many; None where not even one has room.
+    """Time the next token of one row and of many, halfway into their answers; None where not even one has room.
 
     `seconds_per_token` is what reading a token takes. The model is in evaluation mode afterwards.
     """
     never_ends = TokenIds(pad=0, eos=workload.vocabulary_size, bos=0)
     generator = Generator(model, never_ends, workload, room_bytes)
-    asked = [question(store, i, workload) for i in Order(len(store), seed, 0)[:ROWS].tolist()]
+    asked = [question(store, i, workload) for i in rows]
     longest = max(len(q.reference or ()) for q in asked)
     lengths = [(len(q.prompt), most_new(workload, q, longest)) for q in asked]
     batches = list(in_batches(lengths, room_bytes, np.inf, generator.row_bytes))

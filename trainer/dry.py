@@ -16,7 +16,7 @@ from autotune.errands import DRY_LENGTHS, DRY_MICRO_BATCHES, EXPLORING_LENGTHS, 
 from autotune.plan import Answering, Layout, Precision, Timed, Timing
 from trainer.answering import measure_answering
 from trainer.data import Order, TokenStore
-from trainer.evaluate import totals
+from trainer.evaluate import scored_rows, totals
 from trainer.memory import PeakMeter, is_memory_error, prepare_heap, trim_heap
 from trainer.microbatch import SpecialTokens, WorstCase, collate, cut, lay_out, padded_size, target_count
 from trainer.model import build_for
@@ -84,7 +84,7 @@ def take_dry_steps(errand: Dry, ranks: Ranks = ALONE) -> DryReport:
         expected_peak_bytes=expected_peak,
         inexact=inexact,
         matrix_flops=_rates(device, workload.precision) if verified else {},
-        answering=_answering(state, errand, store, peak - resident, account.seconds["evaluation"]) if store else None,
+        answering=_answering(state, errand, peak - resident, account.seconds["evaluation"]) if store else None,
     )
     return _of_the_weakest(report, ranks)
 
@@ -109,15 +109,15 @@ def _of_the_weakest(report: DryReport, ranks: Ranks) -> DryReport:
     )
 
 
-def _answering(
-    state: TrainState, errand: Dry, store: TokenStore, room_bytes: int, evaluation_seconds: float
-) -> Answering | None:
+def _answering(state: TrainState, errand: Dry, room_bytes: int, evaluation_seconds: float) -> Answering | None:
     """Time answers in what a peak leaves between two steps; None where there is no room, or are none."""
     assert errand.excerpt is not None
-    workload = errand.workload
+    workload, (place, count) = errand.workload, errand.excerpt.answered
+    store = TokenStore(Path(place))
+    rows = scored_rows(store, errand.excerpt.seed, count)
     per_token = evaluation_seconds / (errand.micro_batch_size * workload.tokens_per_row)
     try:
-        return measure_answering(state.model, store, workload, errand.excerpt.seed, room_bytes, per_token)
+        return measure_answering(state.model, store, workload, rows, room_bytes, per_token)
     except Exception:  # noqa: BLE001 # what keeps it from answering is told by the run that asks; its steps are measured
         return None
 

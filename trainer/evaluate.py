@@ -88,6 +88,11 @@ def question(store: TokenStore, i: int, workload: Workload) -> Question:
     return Question(tokens[:start], tokens[start:end])
 
 
+def scored_rows(store: TokenStore, seed: int, rows: int) -> list[int]:
+    """Return the rows that are answered for BLEU, in their order: the same at each evaluation."""
+    return sorted(Order(len(store), seed, 0)[:rows].tolist())
+
+
 def most_new(workload: Workload, asked: Question, most: int) -> int:
     """Return how many tokens an answer may have, of `most`, within the workload's lengths."""
     seq2seq = workload.task == "seq2seq"
@@ -115,8 +120,8 @@ class Evaluator:
         self._fixed += [question(asked, i, self._workload) for i in range(min(errand.recipe.samples, len(asked)))]
         self._scored: list[Question] = []
         if self.validation and (self._workload.task == "seq2seq" or self._workload.stage == "sft"):
-            rows = Order(len(self.validation), errand.recipe.seed, 0)[: errand.recipe.bleu_rows]
-            self._scored = [question(self.validation, i, self._workload) for i in sorted(rows.tolist())]
+            rows = scored_rows(self.validation, errand.recipe.seed, errand.recipe.bleu_rows)
+            self._scored = [question(self.validation, i, self._workload) for i in rows]
         self._generator = None
         if (self._fixed or self._scored) and ranks.leads:
             room = room_to_generate(errand.plan)
