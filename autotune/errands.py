@@ -183,8 +183,8 @@ class Excerpt(Fact):
     """Under the workload's layout; the first always, the others as long as it takes little."""
     layouts: tuple[Layout, ...]
     """To be timed beside it, at the first size."""
-    answered: tuple[str, PositiveInt]
-    """The store whose rows an evaluation has answered, and how many."""
+    answered: tuple[str, PositiveInt] | None
+    """The store whose rows an evaluation has answered, and how many; None where it has none."""
 
 
 class Dry(Fact):

@@ -92,7 +92,7 @@ def _write(best: _Way, ways: list[_Way], inputs: PlanInputs, rates: Rates | None
     hardware, rows = inputs.hardware, best.batching.micro_batch_size
     forecast = None
     if best.speed:
-        forecast = forecast_run(inputs, best.workload, best.batching, best.speed, None, None, measured=False)
+        forecast = forecast_run(inputs.course, best.workload, best.batching, best.speed, None, None, measured=False)
     return Plan(
         schema_name=SCHEMA,
         workload=best.workload,

@@ -55,8 +55,8 @@ class Timing:
     """Whether smaller sizes than the one that would run are timed beside it."""
     layouts: tuple[Layout, ...]
     """Whether, and which, other layouts than the workload's are."""
-    answered: tuple[str, int]
-    """The store whose rows an evaluation has answered, and how many."""
+    answered: tuple[str, int] | None
+    """The store whose rows an evaluation has answered, and how many; None where it has none."""
 
 
 @dataclass

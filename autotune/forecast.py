@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil
 from statistics import median
 from typing import NamedTuple
 
 from autotune.batching import largest_share
-from autotune.errands import DataSummary, Recipe, Saving
-from autotune.inputs import PlanInputs
-from autotune.plan import Answering, Batching, Forecast, Speed, Timed, Workload
+from autotune.errands import DataSummary
+from autotune.inputs import Course
+from autotune.plan import Answering, Batching, Forecast, Plan, Speed, Timed, Workload
 from autotune.remaining import Costs
 from autotune.shapes import StepShape, expected_shape, step_shape
 
@@ -32,21 +33,20 @@ class Evaluation(NamedTuple):
 
 
 def forecast(
-    samples: int,
-    recipe: Recipe,
-    saving: Saving,
+    course: Course,
     shape: StepShape,
     evaluation: Evaluation,
     batching: Batching,
     speed: Speed,
     timed: Timed | None,
     error: float,
-    max_seconds: float | None = None,
 ) -> Forecast:
     """Say what a run takes: steps of the last epoch smaller, not dropped; fewer where they have only so much time.
 
     `timed` is what samples of this data took at the size and in the layout that run, where that is known.
     """
+    assert course.data is not None
+    recipe, saving, samples = course.recipe, course.saving, course.data.samples
     steps = ceil(samples / batching.effective_batch_size)
     asked = max(1, ceil(steps * recipe.epochs))
     if recipe.max_steps is not None:
@@ -63,7 +63,9 @@ def forecast(
         saves_every_seconds=saving.every_seconds,
         saves_best=bool(evaluation.validation_seconds),
     )
-    total_steps = asked if max_seconds is None else max(1, costs.last_within(0, asked, max_seconds))
+    total_steps, begun = asked, course.begun_steps
+    if course.left_seconds is not None:
+        total_steps = max(1, costs.last_within(begun, max(begun, asked), course.left_seconds))
     return Forecast(
         rows=samples,
         epochs=recipe.epochs,
@@ -75,8 +77,9 @@ def forecast(
         answer_seconds=evaluation.answer_seconds,
         saving_seconds=evaluation.saving_seconds,
         evaluations=costs.evaluations(0, total_steps),
-        checkpoints=round(costs.checkpoints(0, total_steps)),
+        checkpoints=costs.checkpoints(0, total_steps),
         total_seconds=costs.seconds(0, total_steps),
+        left_seconds=costs.seconds(begun, total_steps) if total_steps > begun else 0.0,
         error=error,
         padded_tokens_per_sample=shape.padded_tokens / largest_share(of_a_step, batching.world_size),
     )
@@ -93,7 +96,7 @@ def _seconds_of_micro_batches(shape: StepShape, speed: Speed, timed: Timed | Non
 
 
 def forecast_run(
-    inputs: PlanInputs,
+    course: Course,
     workload: Workload,
     batching: Batching,
     speed: Speed,
@@ -103,24 +106,45 @@ def forecast_run(
     measured: bool,
 ) -> Forecast | None:
     """Say what a run on this data takes; None without data."""
-    if inputs.data is None:
+    if course.data is None:
         return None
     return forecast(
-        inputs.data.samples,
-        inputs.recipe,
-        inputs.saving,
-        step_shape(inputs.data, workload, batching),
+        course,
+        step_shape(course.data, workload, batching),
         Evaluation(
-            _validation_tokens(inputs.validation, workload, batching) * speed.evaluation_seconds_per_token,
-            _answer_seconds(inputs, workload, speed, answering) if answering else 0.0,
+            _validation_tokens(course.validation, workload, batching) * speed.evaluation_seconds_per_token,
+            _answer_seconds(course, workload, speed, answering) if answering else 0.0,
             (4 * workload.parameters + workload.optimizer_state_bytes) / DISK_BYTES_PER_SECOND,
         ),
         batching,
         speed,
         timed,
         uncertainty(timed) if measured else ESTIMATED_ERROR,
-        inputs.max_seconds,
     )
+
+
+def forecast_anew(plan: Plan, course: Course) -> Plan:
+    """Return a plan that was made before, or a while ago, with the forecast of this run."""
+    if plan.speed is None or course.data is None:
+        return plan.model_copy(update={"forecast": None})
+    batching, work, trials = plan.batching, plan.workload, plan.evidence.trials
+    same_data = work.data_fingerprint == course.data.fingerprint
+    own = [t for trial in trials for t in trial.timed if (t.rows, t.layout) == (batching.micro_batch_size, work.layout)]
+    cast = forecast_run(
+        course,
+        work,
+        batching,
+        plan.speed,
+        longest(own) if same_data else None,
+        next((t.answering for t in reversed(trials) if t.answering), None),
+        measured=plan.evidence.kind != "estimated",
+    )
+    return plan.model_copy(update={"forecast": cast})
+
+
+def longest(timed: Sequence[Timed]) -> Timed | None:
+    """Return what was timed on most samples; None of nothing."""
+    return max(timed, key=lambda t: t.samples * len(t.seconds), default=None)
 
 
 def _validation_tokens(validation: DataSummary | None, workload: Workload, batching: Batching) -> float:
@@ -135,14 +159,14 @@ def _validation_tokens(validation: DataSummary | None, workload: Workload, batch
     return shape.padded_tokens * validation.samples / of_a_step
 
 
-def _answer_seconds(inputs: PlanInputs, workload: Workload, speed: Speed, answering: Answering) -> float:
+def _answer_seconds(course: Course, workload: Workload, speed: Speed, answering: Answering) -> float:
     """Return what an evaluation's answers take at their longest: those that are scored, and those to fixed prompts."""
-    recipe, held_out = inputs.recipe, inputs.validation
+    recipe, held_out = course.recipe, course.validation
     scored = min(recipe.bleu_rows, held_out.samples) if held_out else 0
     if workload.task == "causal" and workload.stage == "pretrain":
         scored = 0  # documents have no answers
-    assert inputs.data is not None
-    fixed = len(recipe.prompts) + min(recipe.samples, (held_out or inputs.data).samples)
+    assert course.data is not None
+    fixed = len(recipe.prompts) + min(recipe.samples, (held_out or course.data).samples)
     reading = answering.prompt_tokens * speed.evaluation_seconds_per_token
     return sum(
         rows * reading + _token_seconds(rows, answering) * tokens

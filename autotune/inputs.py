@@ -11,18 +11,41 @@ from autotune.plan import Batching, Hardware, LimitedBy, Request, Workload
 from autotune.shapes import most_packed_rows
 
 
+class Course(NamedTuple):
+    """What a run is to do, on which data, and the time that it has."""
+
+    recipe: Recipe
+    saving: Saving
+    data: DataSummary | None
+    validation: DataSummary | None
+    left_seconds: float | None = None
+    """None where it may take what it takes."""
+    begun_steps: int = 0
+    """Steps that are done, of a run that goes on."""
+
+
 class PlanInputs(NamedTuple):
-    """A workload on hardware, and what the user wishes of it."""
+    """A workload on hardware, what the user wishes of it, and the run that it is for."""
 
     workload: Workload
     hardware: Hardware
     request: Request
-    recipe: Recipe
-    data: DataSummary | None
-    validation: DataSummary | None
-    saving: Saving
-    max_seconds: float | None = None
-    """That the run may take."""
+    course: Course
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is to be trained."""
+        return self.course.recipe
+
+    @property
+    def data(self) -> DataSummary | None:
+        """What is trained on."""
+        return self.course.data
+
+    @property
+    def validation(self) -> DataSummary | None:
+        """What is evaluated on."""
+        return self.course.validation
 
     @property
     def budget(self) -> Budget:

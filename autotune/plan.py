@@ -210,6 +210,8 @@ class Forecast(Fact):
     """Without a limit of time."""
     total_seconds: float
     """Of all of them together."""
+    left_seconds: float
+    """The same of the steps that were not done when it was made: all, but of a run that goes on."""
     error: float
     """Share by which the total may be wrong, either way, in two of three runs."""
     padded_tokens_per_sample: float

@@ -12,7 +12,7 @@ from autotune.batching import largest_share
 from autotune.errors import ConfigurationError, NothingFitsError
 from autotune.evidence import Evidence, alike
 from autotune.explore import Exploration, Measuring, Timing, Trials
-from autotune.forecast import forecast_run
+from autotune.forecast import forecast_run, longest
 from autotune.inputs import PlanInputs
 from autotune.plan import (
     SCHEMA,
@@ -122,7 +122,8 @@ class Planner:
             others = () if chosen else LAYOUTS[LAYOUTS.index(workload.layout) + 1 :]
             share = largest_share(self._inputs.samples, self._hardware.world_size)
             recipe = self._inputs.recipe
-            answered = (self._inputs.validation or data).store, max(1, recipe.bleu_rows)
+            answers = max(recipe.bleu_rows if self._inputs.validation else 0, recipe.samples, len(recipe.prompts))
+            answered = ((self._inputs.validation or data).store, answers) if answers else None
             timing = Timing(data.store, recipe.seed, share, smaller, others, answered)
         exploration = Exploration(
             workload=workload,
@@ -356,9 +357,10 @@ class Planner:
             return None
         rows, layout = batching.micro_batch_size, exploration.workload.layout
         timed = [t for tried in exploration.trials for t in tried.timed if (t.rows, t.layout) == (rows, layout)]
-        most = max(timed, key=lambda t: t.samples * len(t.seconds), default=None)
         answering = next((t.answering for t in reversed(exploration.trials) if t.answering), None)
-        return forecast_run(self._inputs, exploration.workload, batching, speed, most, answering, measured=True)
+        return forecast_run(
+            self._inputs.course, exploration.workload, batching, speed, longest(timed), answering, measured=True
+        )
 
 
 def summarise(

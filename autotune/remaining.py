@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping
@@ -37,16 +38,31 @@ class Costs(NamedTuple):
         """Count those after the steps behind `first`, up to `last`, which ends the run."""
         return _points(first, last, self.evaluates_every)
 
-    def checkpoints(self, first: int, last: int) -> float:
-        """Count those of the same steps; how many the clock asks for is no whole number."""
-        by_steps = _points(first, last, self.saves_every)
-        evaluated = self.evaluations(first, last) * self.saves_best
-        by_time = (last - first) * self.step / self.saves_every_seconds if self.saves_every_seconds else 0.0
-        return max(by_steps, evaluated, min(1, last - first)) + by_time
+    def checkpoints(self, first: int, last: int) -> int:
+        """Count those of the same steps: after so many, at each evaluation that may be the best, and at the end.
+
+        The clock asks for more only where it takes longer from one of them to the next.
+        """
+        if first >= last:
+            return 0
+        evaluated = self.evaluates_every if self.saves_best else None
+        both = math.lcm(self.saves_every, evaluated) if self.saves_every and evaluated else None
+        ends = [every for every in (self.saves_every, evaluated, both) if every is not None] or [last + 1]
+        counts = [_points(first, last, every) for every in ends]
+        count = sum(counts[:2]) - counts[2] if both else counts[0]
+        return count + self._asked_by_clock(last - first, min(ends))
+
+    def _asked_by_clock(self, steps: int, every: int) -> int:
+        """Count the checkpoints that the clock asks for between those that come every so many steps anyway."""
+        if not self.saves_every_seconds:
+            return 0
+        enough = max(1, math.ceil(self.saves_every_seconds / self.step)) if self.step else steps
+        whole, rest = divmod(steps, every)
+        return whole * ((every - 1) // enough) + max(0, rest - 1) // enough
 
     def seconds(self, first: int, last: int) -> float:
-        """Return what the steps behind `first` up to `last` take, and the model's own saving at the end."""
-        saves = self.checkpoints(first, last) + 1
+        """Return what the steps behind `first` up to `last` take, and saving the model at the end, and the best."""
+        saves = self.checkpoints(first, last) + 1 + self.saves_best
         return (last - first) * self.step + self.evaluations(first, last) * self.evaluation + saves * self.checkpoint
 
     def last_within(self, first: int, most: int, seconds: float) -> int:

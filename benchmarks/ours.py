@@ -15,7 +15,7 @@ from reports import Reports
 
 from autotune.errands import Recipe, Saving, TokenIds, Train
 from autotune.hardware import read_hardware
-from autotune.inputs import PlanInputs
+from autotune.inputs import Course, PlanInputs
 from autotune.measure import Workers
 from autotune.plan import Request, Workload
 from autotune.planner import Planner
@@ -37,7 +37,9 @@ def main() -> None:
     )  # fmt: skip
     workload = Workload.model_validate(errand["workload"])
     with Workers() as workers:
-        planner = Planner(PlanInputs(workload, read_hardware(Path()), request, recipe, None, None, SAVING), workers)
+        planner = Planner(
+            PlanInputs(workload, read_hardware(Path()), request, Course(recipe, SAVING, None, None)), workers
+        )
         for trial in planner.make():
             report("forward", trial.micro_batch_size)
             for _ in trial.timings:

@@ -36,7 +36,7 @@ from autotune.account import LIBRARIES_BYTES, process_bytes
 from autotune.errands import Dry, Recipe, Saving, TokenIds, TraceReport, Train
 from autotune.evidence import fit
 from autotune.hardware import read_hardware
-from autotune.inputs import PlanInputs
+from autotune.inputs import Course, PlanInputs
 from autotune.measure import Workers, trace_sizes, try_size
 from autotune.plan import Hardware, Plan, Request, Trial, Workload
 from autotune.planner import Planner
@@ -261,7 +261,7 @@ def at_limit(case: Case, work: Workload, hardware: Hardware, limit: int, folder:
     )  # fmt: skip
     began = time.perf_counter()
     with Workers() as workers:
-        planner = Planner(PlanInputs(work, hardware, request, RECIPE, None, None, SAVING), workers)
+        planner = Planner(PlanInputs(work, hardware, request, Course(RECIPE, SAVING, None, None)), workers)
         list(planner.make())
     plan_seconds = time.perf_counter() - began
     plan, evidence = planner.plan, planner.evidence

@@ -16,7 +16,7 @@ from cli.wiring import LEARNING_RATES
 from profiles import Resolved
 
 UNDER_USED = 0.5
-"""Share of a card below which it is said that more would fit."""
+"""Share of the budget below which it is said that more would fit."""
 
 
 class Decision(NamedTuple):
@@ -31,7 +31,7 @@ def decisions(resolved: Resolved, plan: Plan, facts: Preprocessed, *, by_plan: b
     """Return what nobody gave and no profile says, in the order in which people ask; `by_plan` is one made before."""
     told = list(_decided(resolved, plan, facts))
     if by_plan:
-        return [decision._replace(reason="as the plan has it") for decision in told if decision.name in OF_A_PLAN]
+        return [d._replace(reason="as the plan has it") if d.name in OF_A_PLAN else d for d in told]
     return told
 
 
@@ -66,7 +66,10 @@ def _decided(resolved: Resolved, plan: Plan, facts: Preprocessed) -> Iterator[De
 
 
 def _batch(resolved: Resolved, plan: Plan) -> Iterator[Decision]:
-    batching = plan.batching
+    batching, asked = plan.batching, resolved.settings.effective_batch_size
+    if batching.effective_batch_size != asked:
+        why = "all samples there are" if batching.effective_batch_size < asked else "that of the batch that was given"
+        yield Decision("effective batch", str(batching.effective_batch_size), f"{why}, in place of {asked}")
     if batching.limited_by != "user":
         yield Decision("micro-batch", count(batching.micro_batch_size, "row"), why_not_larger(plan))
     if not resolved.given_by_hand("gradient_accumulation_steps") and plan.workload.layout == "fixed":
@@ -133,17 +136,18 @@ def _why_compile(plan: Plan) -> str:
 def advice(plan: Plan) -> list[str]:
     """Say what could be had for the asking: a card that is hardly used, a fixed batch that could grow."""
     batching, memory, machine = plan.batching, plan.memory, plan.hardware
-    said: list[str] = []
     peak = memory.measured_peak_bytes or memory.predicted_peak_bytes or 0
-    rows, safe = batching.micro_batch_size, batching.largest_safe_micro_batch_size
-    if batching.limited_by == "user" and 2 * peak < memory.budget_bytes:
-        said.append(
-            f"the batch that was given, {count(rows, 'row')}, takes {peak / memory.budget_bytes:.0%} of the budget: "
+    used = peak / memory.budget_bytes
+    if used >= UNDER_USED:
+        return []
+    if batching.limited_by == "user" and batching.expected_micro_batches_per_step > 1:
+        return [
+            f"the batch that was given, {count(batching.micro_batch_size, 'row')}, takes {used:.0%} of the budget: "
             "--auto, without --batch-size-per-gpu, takes larger micro-batches for the same step"
-        )
-    elif machine.device == "cuda" and peak < UNDER_USED * machine.device_memory_total_bytes:
-        said.append(
-            f"the card is used to {peak / machine.device_memory_total_bytes:.0%}: {count(safe, 'row')} hold all of a "
-            "step; a larger model, longer rows or a larger --effective-batch-size would fit"
-        )
-    return said
+        ]
+    if machine.device == "cuda" and batching.limited_by in ("effective_batch", "data"):
+        return [
+            f"the card is used to {peak / machine.device_memory_total_bytes:.0%}: one micro-batch holds all of a step; "
+            "a larger model, longer rows or a larger --effective-batch-size would fit"
+        ]
+    return []

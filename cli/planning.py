@@ -70,7 +70,7 @@ def inputs_of(
     hardware, settings = read_hardware_of(resolved.settings), resolved.settings
     request = make_request(resolved, hardware.world_size, search=search, offline=offline)
     facts = preprocess(settings, hardware.cores, demo=demo)
-    return facts, make_inputs(settings, facts, hardware, request)
+    return facts, make_inputs(resolved, facts, hardware, request)
 
 
 def measure(settings: Settings, inputs: PlanInputs, remembering: Remembering, *, search: bool) -> Planner:
@@ -106,7 +106,7 @@ def estimate_for(resolved: Resolved, hardware: Hardware) -> tuple[Preprocessed, 
     settings = resolved.settings
     request = make_request(resolved, hardware.world_size, search=True)
     facts = preprocess(settings, hardware.cores, demo=False)
-    inputs = make_inputs(settings, facts, hardware, request)
+    inputs = make_inputs(resolved, facts, hardware, request)
     rates = find_rates(hardware.device_name, inputs.workload.precision)
     say("tracing the step, to know what would fit")
     return facts, estimate(inputs, rates, trace_sizes)

@@ -18,8 +18,8 @@ from cli.render.units import duration, gib, number
 
 Metrics = dict[str, Any]
 QUIET_SECONDS = 30.0
-MUCH = 0.1
-"""Change of a run's steps that people are told of."""
+MUCH, SETTLED_STEPS = 0.1, 16
+"""Change of a run's steps that people are told of, once its process has taken so many."""
 SHOWN = 60
 """Characters of a prompt and of its answer that a line has room for."""
 
@@ -160,6 +160,9 @@ class RunProgress:
             self._sampled = row["step"]
         elif row["event"] == "started":
             self._total = self._told_total = row["total_steps"]
+            if row["step"] and row.get("schedule_done") is not None:
+                done = f"{row['schedule_done']:.0%}"
+                say(f"its schedule is done to {done}: the steps that are left take what is left of it")
             if self._bar is not None:
                 self._task = self._bar.add_task("", total=self._total)
         elif row["event"] == "rescheduled":
@@ -188,12 +191,12 @@ class RunProgress:
 
     def _reschedule(self, row: Metrics) -> None:
         """Take in that other steps fit the time than did; tell of it where it is much."""
-        before, self._total = self._total, row["total_steps"]
+        self._total = row["total_steps"]
         if self._bar is not None:
             self._bar.update(self._task, total=self._total)
-        if abs(self._total - self._told_total) > MUCH * self._told_total:
+        if self._own_steps >= SETTLED_STEPS and abs(self._total - self._told_total) > MUCH * self._told_total:
+            say(f"step {row['step']}: {self._total:,} steps fit the time, by what they take, not {self._told_total:,}")
             self._told_total = self._total
-            say(f"step {row['step']}: {self._total:,} steps fit the time, by what they take ({before:,} before)")
 
     def _show_step(self, row: Metrics) -> None:
         if not self._own_steps:

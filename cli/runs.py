@@ -6,6 +6,7 @@ import glob
 import json
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from cli.wiring import LEARNING_RATES
 from profiles import Resolved, Settings
 
 MIB = 2**20
+SCRATCH = ".rehearsal"
+"""In the folder of a run, what a rehearsal writes: on the disk that the run will have."""
 OF_THIS_RUN = ("plan", "this run")
 """Origins of what the run alone decided."""
 
@@ -49,6 +52,21 @@ class RunPlace:
             return None
         file = run_of(Path(self.resume.place)) / "plan.json"
         return file if file.exists() else None
+
+
+def begun(run: RunPlace) -> tuple[int, float]:
+    """Return the steps that are done of a run that goes on, and the seconds they took, as its newest checkpoint has it.
+
+    Nothing of a run that begins anew, from weights alone too; which checkpoint is whole, its worker finds out.
+    """
+    if run.resume is None or run.resume.weights_only:
+        return 0, 0.0
+    place = Path(run.resume.place)
+    for state in sorted([place / "state.json", *place.glob("checkpoints/step-*/state.json")], reverse=True):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            told = json.loads(state.read_bytes())["progress"]
+            return int(told["step"]), float(told["seconds"])
+    return 0, 0.0
 
 
 def find_run(settings: Settings, resuming: Resuming) -> RunPlace:
@@ -112,7 +130,7 @@ def disk_needed(workload: Workload, keep_last: int) -> int:
 def check_disk(folder: Path, workload: Workload, keep_last: int, hardware: Hardware) -> None:
     """Raise MachineError where the disk has no room for what a run leaves; what lies there already counts."""
     needed = disk_needed(workload, keep_last)
-    there = sum(file.stat().st_size for file in folder.glob("**/*.safetensors"))
+    there = sum(file.stat().st_size for file in folder.glob("**/*.safetensors") if SCRATCH not in file.parts)
     if hardware.disk_free_bytes + there < needed:
         raise MachineError(
             f"the disk of {folder} has {(hardware.disk_free_bytes + there) / MIB:,.0f} MiB for it, "

@@ -6,7 +6,6 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from types import FrameType
 
 import typer
@@ -21,7 +20,7 @@ from cli.render.console import err, say, show_command
 from cli.render.run import print_run
 from cli.render.units import gib
 from cli.runs import RunPlace
-from cli.wiring import choose_backend, make_recipe, make_saving, make_time_limit
+from cli.wiring import choose_backend, make_recipe, make_saving
 from profiles import Settings
 
 ENDINGS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, n)]
@@ -51,8 +50,8 @@ class Going:
     """The command that goes on after a stop."""
     launches: bool
     """Whether the other ranks are to be launched, and were not with this command."""
-    began: datetime
-    """When the command did, by which its time counts."""
+    limit: TimeLimit | None
+    """When it has to end."""
 
 
 def train(job: Job, run: RunPlace, lock: int, going: Going) -> None:
@@ -68,7 +67,7 @@ def train(job: Job, run: RunPlace, lock: int, going: Going) -> None:
         _signals_to(worker) as signals,
         RunProgress(job.plan) as progress,
     ):
-        worker.give(make_errand(job, run, make_time_limit(job.settings, going.began)))
+        worker.give(make_errand(job, run, going.limit))
         failed: Event = {}
         for event in worker.events():
             if event["event"] == "metrics":

@@ -96,7 +96,7 @@ class Stage:
             theirs = resolve(self.given, self.config, name)
             request = make_request(theirs, self.hardware.world_size, search=False)
             recipe = make_recipe(theirs.settings, as_asked.workload.stage)
-            scenes[name] = as_asked._replace(request=request, recipe=recipe)
+            scenes[name] = as_asked._replace(request=request, course=as_asked.course._replace(recipe=recipe))
         return scenes | {"auto": as_asked}
 
     def _resolved(self, changes: Mapping[str, Any]) -> Resolved:
@@ -107,7 +107,7 @@ class Stage:
             scene = self._scene(self._resolved({}), search=True)
             if scene.data is None:
                 raise ConfigurationError("rows can be varied only where there are some", "give --data")
-            return scene._replace(data=with_rows(scene.data, _whole(name, value)))
+            return scene._replace(course=scene.course._replace(data=with_rows(scene.data, _whole(name, value))))
         if name == "gpus" and self.gpu is not None:
             hardware = imagine_hardware(self.gpu, _whole(name, value), Path())
             return self._scene(self._resolved({}), search=True, hardware=hardware)
@@ -122,7 +122,7 @@ class Stage:
                 "validation": _cut(self.facts.validation, settings.max_seq_len, target),
             }
         )
-        return make_inputs(settings, facts, hardware, make_request(resolved, hardware.world_size, search=search))
+        return make_inputs(resolved, facts, hardware, make_request(resolved, hardware.world_size, search=search))
 
 
 def _cut(data: DataSummary | None, source: int, target: int) -> DataSummary | None:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from datetime import datetime
+import time
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from autotune.batching import STARTING_TOKENS, balanced_cuts, largest_share
-from autotune.errands import Preprocess, Preprocessed, Recipe, Saving, TimeLimit
+from autotune.errands import Preprocess, Preprocessed, Recipe, Saving
 from autotune.errors import ConfigurationError
-from autotune.inputs import PlanInputs
+from autotune.inputs import Course, PlanInputs
 from autotune.plan import Backend, Hardware, Plan, Request, Workload
 from cli.choices import choose_layout, choose_loss_head, choose_precision, has_compiler, step_limits
 from profiles import Resolved, Settings
-from profiles.values import parse_bytes, parse_duration, parse_every, parse_headroom, parse_moment
+from profiles.values import parse_bytes, parse_every, parse_headroom
 
 SAVE_SECONDS = 30.0 * 60
 LEARNING_RATES = {"pretrain": 5e-4, "sft": 1e-4}
@@ -90,14 +90,21 @@ def make_workload(settings: Settings, facts: Preprocessed, hardware: Hardware) -
     )
 
 
-def make_inputs(settings: Settings, facts: Preprocessed, hardware: Hardware, request: Request) -> PlanInputs:
+def make_inputs(resolved: Resolved, facts: Preprocessed, hardware: Hardware, request: Request) -> PlanInputs:
     """Put together all that a plan is made from."""
-    workload = make_workload(settings, facts, hardware)
-    recipe = make_recipe(settings, workload.stage)
-    limit = make_time_limit(settings, datetime.now().astimezone())
-    max_seconds = limit.seconds if limit else None
-    saving = make_saving(settings)
-    return PlanInputs(workload, hardware, request, recipe, facts.data, facts.validation, saving, max_seconds)
+    workload = make_workload(resolved.settings, facts, hardware)
+    return PlanInputs(workload, hardware, request, make_course(resolved, facts))
+
+
+def make_course(resolved: Resolved, facts: Preprocessed, begun_steps: int = 0, spent_seconds: float = 0.0) -> Course:
+    """Say what a run is to do from now on, of which steps are done and time is spent in other processes."""
+    settings, limit = resolved.settings, resolved.limit
+    stage = facts.data.stage if facts.data else settings.stage or "sft"
+    left = None
+    if limit is not None:
+        left = limit.ends_at - time.time() - (spent_seconds if limit.of_run else 0.0)
+    recipe = make_recipe(settings, stage)
+    return Course(recipe, make_saving(settings), facts.data, facts.validation, left, begun_steps)
 
 
 def make_request(resolved: Resolved, world_size: int, *, search: bool, offline: bool = False) -> Request:
@@ -196,17 +203,6 @@ def make_saving(settings: Settings) -> Saving:
         each_epoch=settings.save_every is None,
         keep_last=settings.keep_last,
     )
-
-
-def make_time_limit(settings: Settings, now: datetime) -> TimeLimit | None:
-    """Say when a command that began now has to end; None where it may take what it takes."""
-    if settings.max_time is not None:
-        began_at = now.timestamp()
-        return TimeLimit(began_at=began_at, ends_at=began_at + parse_duration(settings.max_time), of_run=True)
-    if settings.finish_by is None:
-        return None
-    ends_at = parse_moment(settings.finish_by, now).timestamp()
-    return TimeLimit(began_at=now.timestamp(), ends_at=ends_at, of_run=False)
 
 
 def read_plan(file: str) -> Plan:

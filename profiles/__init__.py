@@ -9,12 +9,15 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
+from datetime import datetime
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from autotune.errands import TimeLimit
 from autotune.errors import ConfigurationError
 from profiles.names import ours
+from profiles.values import parse_duration, parse_moment
 
 FOLDER = Path(__file__).parent
 
@@ -195,6 +198,8 @@ class Resolved:
     origins: Mapping[str, str]
     replaced: Mapping[str, Any]
     """Of what was given on the command line or in a file, what stood there before: a profile's value, or a default."""
+    limit: TimeLimit | None
+    """When what was asked has to end, counted from when it was resolved."""
 
     def given_by_hand(self, name: str) -> bool:
         """Whether a value was typed on the command line or stands in a configuration file, not in a profile."""
@@ -213,6 +218,9 @@ def resolve(given: Mapping[str, Any], config: str | None = None, profile: str | 
         layers.append((config, _read(Path(config))))
     layers.append(("command line", given))
     for origin, layer in layers:
+        for name in WAYS_TO_END if layer.keys() & set(WAYS_TO_END) else ():  # the later word on it holds
+            values.pop(name, None)
+            origins[name] = "default"
         for name, value in layer.items():
             if not origin.startswith("profile"):
                 replaced.setdefault(name, values.get(name, FIELDS[name].default))
@@ -220,7 +228,22 @@ def resolve(given: Mapping[str, Any], config: str | None = None, profile: str | 
             if FIELDS[name].metadata["commas"]:
                 values[name] = _parts(value)
             origins[name] = origin
-    return Resolved(_validated(values, origins), origins, replaced)
+    settings = _validated(values, origins)
+    return Resolved(settings, origins, replaced, _time_limit(settings, datetime.now()))
+
+
+WAYS_TO_END = ("max_time", "finish_by")
+
+
+def _time_limit(settings: Settings, now: datetime) -> TimeLimit | None:
+    """Say when what is asked now, a local time, has to end; None where it may take what it takes."""
+    began_at = now.timestamp()
+    if settings.max_time is not None:
+        return TimeLimit(began_at=began_at, ends_at=began_at + parse_duration(settings.max_time), of_run=True)
+    if settings.finish_by is not None:
+        ends_at = parse_moment(settings.finish_by, now).timestamp()
+        return TimeLimit(began_at=began_at, ends_at=ends_at, of_run=False)
+    return None
 
 
 def load_profile(name: str) -> dict[str, Any]:

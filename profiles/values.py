@@ -54,7 +54,10 @@ def parse_duration(text: str) -> float:
 
 
 def parse_moment(text: str, now: datetime) -> datetime:
-    """Read a time of day (`08:00`: the next one), or of a day (`2026-11-29 08:00`), in the zone of `now`."""
+    """Read a time of day (`08:00`: the next one), or of a day (`2026-11-29 08:00`), local as `now` is.
+
+    Local times are without a zone, so that 08:00 is that of its day, whatever becomes of summer time until then.
+    """
     hint = "write it like 08:00, or 2026-11-29 08:00"
     try:
         if re.fullmatch(r"\d{1,2}:\d{2}", text.strip()):
@@ -64,7 +67,8 @@ def parse_moment(text: str, now: datetime) -> datetime:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
         raise ConfigurationError(f"{text!r} is no time of day, and no date with one", hint) from None
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=now.tzinfo)
+    if moment.tzinfo is not None:
+        moment = moment.astimezone().replace(tzinfo=None)
     if moment <= now:
         raise ConfigurationError(f"{text} is past: it is {now:%Y-%m-%d %H:%M} now", hint)
     return moment

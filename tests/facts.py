@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from autotune.errands import ModelSummary, Preprocessed, Recipe, Saving
+from autotune.errands import DataSummary, ModelSummary, Preprocessed, Recipe, Saving
+from autotune.inputs import Course
 from autotune.plan import (
     SCHEMA,
     Batching,
@@ -196,6 +197,12 @@ def saving(**changes: Any) -> Saving:
     return Saving(**{"every_steps": None, "every_seconds": None, "each_epoch": False, "keep_last": 3} | changes)
 
 
+def course(data: DataSummary | None = None, validation: DataSummary | None = None, **changes: Any) -> Course:
+    """A run of `recipe` on such data, that may take what it takes; `left_seconds` and fields of the recipe change."""
+    left = changes.pop("left_seconds", None)
+    return Course(recipe(**changes), changes.pop("saving", saving()), data, validation, left)
+
+
 def batching(**changes: Any) -> Batching:
     """240 samples a step over two ranks: six micro-batches of 20 rows, where 23 would fit."""
     facts = {
@@ -274,6 +281,7 @@ def plan(**changes: Any) -> Plan:
             checkpoints=2,
             asked_steps=200,
             total_seconds=60.0,
+            left_seconds=60.0,
             error=0.15,
             padded_tokens_per_sample=208.5,
         ),

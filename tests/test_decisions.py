@@ -53,8 +53,9 @@ def test_a_batch_that_was_found_says_why_it_is_not_larger_and_one_that_was_given
 
 def test_a_plan_made_before_is_told_as_what_it_is() -> None:
     found = told(facts.plan(), by_plan=True)
-    assert {reason for _, reason in found.values()} == {"as the plan has it"}
-    assert {"layout", "precision", "micro-batch"} <= found.keys()
+    of_plan = {name for name, (_, reason) in found.items() if reason == "as the plan has it"}
+    assert {"layout", "precision", "micro-batch", "loss_head"} <= of_plan
+    assert {"learning_rate", "checkpoints", "stage"} <= found.keys() - of_plan, "which a plan does not have"
 
 
 @pytest.mark.parametrize(
@@ -75,15 +76,28 @@ def test_checkpointing_says_whether_anything_fits_without() -> None:
     assert told(facts.plan(workload=on))["gradient_checkpointing"][1] == "without it nothing fits"
 
 
-def test_a_card_that_is_hardly_used_and_a_batch_that_could_grow_are_told_of() -> None:
-    assert advice(facts.plan())[0].startswith("the card is used to 25%: 23 rows hold all of a step")
+def test_a_card_that_is_hardly_used_is_told_of_only_where_it_is_the_batch_that_keeps_it_so() -> None:
+    assert advice(facts.plan()) == [], "memory limits it"
+    whole = facts.plan(batching=facts.batching(limited_by="effective_batch"))
+    assert advice(whole)[0].startswith("the card is used to 25%: one micro-batch holds all of a step")
     memory = facts.plan().memory
     full = memory.model_copy(update={"measured_peak_bytes": 15 * facts.GIB})
-    assert advice(facts.plan(memory=full)) == []
-    given = facts.batching(limited_by="user", micro_batch_size=1)
-    assert advice(facts.plan(batching=given))[0].startswith(
-        "the batch that was given, 1 row, takes 27% of the budget: --auto"
-    )
+    assert advice(whole.model_copy(update={"memory": full})) == []
+    shared = memory.model_copy(update={"budget_bytes": 6 * facts.GIB})
+    assert advice(whole.model_copy(update={"memory": shared})) == [], "others have the rest"
+
+
+def test_a_batch_that_was_given_and_could_grow_is_told_of_unless_it_takes_a_step_at_once() -> None:
+    given = facts.plan(batching=facts.batching(limited_by="user", micro_batch_size=1))
+    assert advice(given)[0].startswith("the batch that was given, 1 row, takes 27% of the budget: --auto")
+    at_once = facts.batching(limited_by="user", expected_micro_batches_per_step=1.0)
+    assert advice(facts.plan(batching=at_once)) == []
+
+
+def test_an_effective_batch_that_is_another_than_was_asked_for_says_why() -> None:
+    fewer = facts.plan(batching=facts.batching(effective_batch_size=5))
+    assert told(fewer)["effective_batch"] == ("5", "all samples there are, in place of 32")
+    assert "effective_batch" not in told(fewer, effective_batch_size=5)
 
 
 def test_what_was_given_over_a_profile_is_told_with_what_it_was() -> None:

@@ -21,7 +21,7 @@ def estimated(machine: Machine, hardware: Hardware = CARD, **changes: Any) -> Pl
     request = facts.request(**{"effective_batch_size": 240, "checkpointing": "given"} | changes)
     work = tiny_models.workload("llama", cpu_allocator="tight")
     return estimate(
-        PlanInputs(work, hardware, request, facts.recipe(epochs=2), data, None, facts.saving()),
+        PlanInputs(work, hardware, request, facts.course(data, epochs=2)),
         rates,
         machine.trace_sizes,
     )

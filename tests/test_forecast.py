@@ -5,12 +5,14 @@ from __future__ import annotations
 from math import ceil
 
 import pytest
-from facts import batching, clocked, recipe, saving, speed, timed, workload
+from facts import batching, clocked, course, recipe, saving, speed, timed, workload
 from hypothesis import given
 from hypothesis import strategies as st
+from test_planner import data_of
 
 from autotune.batching import largest_share
 from autotune.forecast import Evaluation, forecast, uncertainty
+from autotune.inputs import Course
 from autotune.plan import Batching, Forecast, Speed, Timed
 from autotune.shapes import Histogram, expected_longest, plain_shape
 from autotune.speed import measure_speed
@@ -38,8 +40,8 @@ def forecast_of(
     rows, evaluated = plan.micro_batch_size, sum(count for _, count in validation[0]) if validation else 0
     shapes = plain_shape(lengths, rows, share), plain_shape(validation, rows, evaluated)
     cost = shapes[1].padded_tokens * speed.evaluation_seconds_per_token
-    asked = recipe(epochs=epochs, max_steps=max_steps, eval_every=eval_every)
-    return forecast(samples, asked, saving(), shapes[0], Evaluation(cost, 0.0, 0.0), plan, speed, timed, 0.15)
+    run = course(data_of(samples), epochs=epochs, max_steps=max_steps, eval_every=eval_every)
+    return forecast(run, shapes[0], Evaluation(cost, 0.0, 0.0), plan, speed, timed, 0.15)
 
 
 def test_3000_samples_at_64_take_47_steps_an_epoch() -> None:
@@ -169,14 +171,14 @@ def limited(max_seconds: float | None, evaluation: Evaluation, **changes: object
     plan = batching(effective_batch_size=64, world_size=1, micro_batch_size=64)
     shape = plain_shape([[(8, 6400)]], 64, 64)
     each = speed(alpha_seconds=1.0, beta_seconds_per_token=0.0)
-    asked, saved = recipe(eval_every=10), saving(**changes)
-    return forecast(6400, asked, saved, shape, evaluation, plan, each, None, 0.15, max_seconds)
+    run = Course(recipe(eval_every=10), saving(**changes), data_of(6400), None, max_seconds)
+    return forecast(run, shape, evaluation, plan, each, None, 0.15)
 
 
 def test_answers_and_checkpoints_are_counted_with_each_evaluation_and_the_model_at_the_end() -> None:
     found = limited(None, Evaluation(0.5, 2.0, 0.25))
     assert (found.evaluations, found.checkpoints) == (10, 10), "each may be the best so far, and is saved then"
-    assert found.total_seconds == pytest.approx(100 + 10 * 2.5 + 10 * 0.25 + 0.25)
+    assert found.total_seconds == pytest.approx(100 + 10 * 2.5 + 10 * 0.25 + 2 * 0.25), "the best model is saved too"
 
 
 @given(

@@ -17,7 +17,7 @@ def test_a_step_is_the_effective_batch_or_all_the_samples_there_are(
 ) -> None:
     inputs = PlanInputs(
         facts.workload(), facts.hardware(world_size=ranks), facts.request(effective_batch_size=effective),
-        facts.recipe(), None if samples is None else data_of(samples), None, facts.saving(),
+        facts.course(None if samples is None else data_of(samples)),
     )  # fmt: skip
     assert inputs.samples == min(effective, samples or effective)
     share = largest_share(inputs.samples, ranks)

@@ -19,7 +19,7 @@ from autotune.levers import measured_rates, vary, with_length, with_rows
 def scene(**changes: Any) -> PlanInputs:
     work = tiny_models.workload("llama", cpu_allocator="tight", **changes)
     request = facts.request(effective_batch_size=240, checkpointing="given")
-    return PlanInputs(work, CARD, request, facts.recipe(epochs=2), data_of(2400), None, facts.saving())
+    return PlanInputs(work, CARD, request, facts.course(data_of(2400), epochs=2))
 
 
 def test_each_scene_is_the_estimate_of_its_own_and_all_are_traced_at_once() -> None:

@@ -218,6 +218,7 @@ def test_the_keys_are_those_that_others_read() -> None:
         "checkpoints",
         "asked_steps",
         "total_seconds",
+        "left_seconds",
         "error",
         "padded_tokens_per_sample",
     }

@@ -31,9 +31,7 @@ def test_what_a_machine_measured_gives_the_same_plan_anywhere(file: Path) -> Non
     recording = json.loads(file.read_text(encoding="utf-8"))
     evidence = Evidence.model_validate(recording["evidence"])
     request = evidence.request.model_copy(update={"offline": True})
-    inputs = PlanInputs(
-        evidence.explored[0].workload, evidence.hardware, request, facts.recipe(), None, None, facts.saving()
-    )
+    inputs = PlanInputs(evidence.explored[0].workload, evidence.hardware, request, facts.course())
     planner = Planner(inputs, NothingIsRun(), evidence)
     assert list(planner.make()) == []
     assert planner.plan is not None

@@ -49,6 +49,10 @@ def test_a_row_of_many_times_the_limit_fails_one_that_is_cut_is_told_of_and_othe
     )
 
 
+def test_documents_of_any_length_are_split_and_no_fault() -> None:
+    assert check_rows(with_data(cuts={"split": 24}, longest_row=(91_233, "a.jsonl: line 7"))).verdict == "ok"
+
+
 def test_a_tokenizer_that_does_not_know_the_data_fails() -> None:
     assert check_tokenizer(with_data(unknown_share=0.005)).verdict == "ok"
     failed = check_tokenizer(with_data(unknown_share=0.26))

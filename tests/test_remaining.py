@@ -31,18 +31,34 @@ def costs(**changes: Any) -> Costs:
     return Costs(**told | changes)
 
 
-@given(first=st.integers(0, 60), steps=st.integers(0, 60), evaluates=every, saves=every)
+@given(first=st.integers(0, 60), steps=st.integers(0, 60), evaluates=every, saves=every, best=st.booleans())
 def test_what_comes_between_steps_is_counted_as_a_run_does(
-    first: int, steps: int, evaluates: int | None, saves: int | None
+    first: int, steps: int, evaluates: int | None, saves: int | None, best: bool
 ) -> None:
     last = first + steps
-    counted = costs(evaluates_every=evaluates, saves_every=saves)
+    counted = costs(evaluates_every=evaluates, saves_every=saves, saves_best=best)
     taken = range(first + 1, last + 1)
-    assert counted.evaluations(first, last) == sum(
-        evaluates is not None and (step % evaluates == 0 or step == last) for step in taken
-    )
-    saved = sum(step == last or (saves is not None and step % saves == 0) for step in taken)
-    assert counted.checkpoints(first, last) == saved
+    evaluated = [step for step in taken if evaluates is not None and (step % evaluates == 0 or step == last)]
+    assert counted.evaluations(first, last) == len(evaluated)
+    saved = [
+        step
+        for step in taken
+        if step == last or (saves is not None and step % saves == 0) or (best and step in evaluated)
+    ]
+    assert counted.checkpoints(first, last) == len(saved)
+
+
+@given(every=st.integers(1, 300), seconds=st.integers(10, 2000), steps=st.integers(1, 2000), step=st.integers(1, 20))
+def test_the_clock_asks_only_where_nothing_else_has_saved_for_so_long(
+    every: int, seconds: int, steps: int, step: int
+) -> None:
+    counted = costs(step=step, saves_every=every, saves_every_seconds=seconds)
+    saved, since = 0, 0
+    for at in range(1, steps + 1):
+        since += step
+        if at % every == 0 or at == steps or since >= seconds:
+            saved, since = saved + 1, 0
+    assert counted.checkpoints(0, steps) == saved
 
 
 @given(

@@ -33,7 +33,7 @@ def test_a_run_of_so_much_time_ends_its_schedule_and_evaluates_and_saves_in_it(t
 def test_a_run_that_goes_on_has_taken_some_of_its_time(tmp_path: Path) -> None:
     errand = small_errand(tmp_path, "llama", epochs=10_000.0, time_limit=limit_of(300.0))
     run(errand, stopping_at(5))
-    with pytest.raises(ConfigurationError, match="no time is left of what the run was given"):
+    with pytest.raises(ConfigurationError, match="no time is left: the run has taken"):
         run(going_on(errand, time_limit=limit_of(1e-2)))
     # By the clock it is not what the run has taken that counts.
     rows = run(going_on(errand, time_limit=limit_of(2.0, of_run=False)))

@@ -236,7 +236,7 @@ def estimate_of(work: Workload, rows: int, rates: Rates | None = None) -> Plan:
     def here(works: Sequence[Workload], _: Hardware, sizes: tuple[int, ...]) -> list[TraceReport]:
         return [traced_once(work, sizes[-1]) for work in works]
 
-    return estimate(PlanInputs(work, card, request, facts.recipe(), None, None, facts.saving()), rates, here)
+    return estimate(PlanInputs(work, card, request, facts.course()), rates, here)
 
 
 @cache

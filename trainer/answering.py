@@ -11,7 +11,7 @@ import numpy as np
 from autotune.errands import TokenIds
 from autotune.plan import Answering, Workload
 from trainer.data import TokenStore
-from trainer.evaluate import Question, most_new, question
+from trainer.evaluate import most_new, question
 from trainer.generate import Generator, in_batches
 
 TOKENS = (2, 10)
@@ -36,12 +36,13 @@ def measure_answering(
     if not batches:
         return None
     prompt_tokens = float(np.mean([prompt for prompt, _ in lengths]))
-    behind = max(lengths)[0] + longest // 2 if generator.goes_on else 0
+    # What a token takes grows with those behind it; of a decoder the prompt is one of them.
+    behind = longest // 2 + (0 if workload.task == "seq2seq" else max(lengths)[0])
     read = max(prompt_tokens, behind)
     several = max(1, min(len(batches[0]), int(READING_SECONDS / (seconds_per_token * read))))
-    prompts = [_middle_of(q, behind) for q in asked[:several]]
-    one = _seconds_of_token(generator, model, prompts[:1])
-    many = _seconds_of_token(generator, model, prompts) if several > 1 else one + seconds_per_token
+    prompts = [q.prompt for q in asked[:several]]
+    one = _seconds_of_token(generator, model, prompts[:1], behind)
+    many = _seconds_of_token(generator, model, prompts, behind) if several > 1 else one + seconds_per_token
     return Answering(
         rows_at_once=max(len(batch) for batch in batches),
         prompt_tokens=prompt_tokens,
@@ -51,20 +52,11 @@ def measure_answering(
     )
 
 
-def _middle_of(asked: Question, behind: int) -> list[int]:
-    """Return a prompt that has so many tokens behind it as one has, on average, while an answer is given: any will do.
-
-    What a token takes grows with them.
-    """
-    tokens = asked.prompt + (asked.reference or [])
-    return np.resize(tokens, behind).tolist() if behind else asked.prompt
-
-
-def _seconds_of_token(generator: Generator, model: Any, prompts: list[list[int]]) -> float:
-    """Return what a further token of each of these rows takes."""
+def _seconds_of_token(generator: Generator, model: Any, prompts: list[list[int]], behind: int) -> float:
+    """Return what a further token of each of these rows takes, with so many behind it."""
     taken = []
     for new in TOKENS:
         began = time.perf_counter()
-        generator.generate(model, prompts, [new] * len(prompts))
+        generator.go_on(model, prompts, max(1, behind), new)
         taken.append(time.perf_counter() - began)
     return max(0.0, taken[1] - taken[0]) / (TOKENS[1] - TOKENS[0])

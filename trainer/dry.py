@@ -84,7 +84,7 @@ def take_dry_steps(errand: Dry, ranks: Ranks = ALONE) -> DryReport:
         expected_peak_bytes=expected_peak,
         inexact=inexact,
         matrix_flops=_rates(device, workload.precision) if verified else {},
-        answering=_answering(state, errand, peak - resident, account.seconds["evaluation"]) if store else None,
+        answering=_answering(state, errand, peak - resident, account.seconds["evaluation"]) if verified else None,
     )
     return _of_the_weakest(report, ranks)
 
@@ -110,15 +110,18 @@ def _of_the_weakest(report: DryReport, ranks: Ranks) -> DryReport:
 
 
 def _answering(state: TrainState, errand: Dry, room_bytes: int, evaluation_seconds: float) -> Answering | None:
-    """Time answers in what a peak leaves between two steps; None where there is no room, or are none."""
-    assert errand.excerpt is not None
+    """Time answers in what a peak leaves between two steps; None where there is no room, or none are asked for."""
+    if errand.excerpt is None or errand.excerpt.answered is None:
+        return None
     workload, (place, count) = errand.workload, errand.excerpt.answered
     store = TokenStore(Path(place))
     rows = scored_rows(store, errand.excerpt.seed, count)
     per_token = evaluation_seconds / (errand.micro_batch_size * workload.tokens_per_row)
     try:
         return measure_answering(state.model, store, workload, rows, room_bytes, per_token)
-    except Exception:  # noqa: BLE001 # what keeps it from answering is told by the run that asks; its steps are measured
+    except (RuntimeError, MemoryError) as error:
+        if not is_memory_error(error):
+            raise
         return None
 
 

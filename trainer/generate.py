@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
@@ -71,8 +72,6 @@ class Generator:
         self._ids, self._workload, self._room_bytes = ids, workload, room_bytes
         self._ends = {ids.eos} if isinstance(ids.eos, int) else set(ids.eos)
         self._seq2seq = bool(model.config.is_encoder_decoder)
-        self.goes_on = not self._seq2seq
-        """Whether an answer goes on where its prompt ends."""
         self.row_bytes = self._measure(model)
 
     def generate(
@@ -102,17 +101,31 @@ class Generator:
         ended = next((at for at, token in enumerate(tokens) if token in self._ends), len(tokens))
         return tokens[:ended]
 
+    def go_on(self, model: Any, prompts: Sequence[Sequence[int]], behind: int, new: int) -> None:
+        """Give each row so many tokens more that has so many behind it, whatever they are: to see how long it takes."""
+        if self._seq2seq:
+            self._run(model, prompts, new, begun=behind)
+        else:
+            self._run(model, [np.resize(prompt, behind).tolist() for prompt in prompts], new)
+
     def _run(
-        self, model: Any, prompts: Sequence[Sequence[int]], new: int, stop: Callable[[], bool] = lambda: False
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        new: int,
+        stop: Callable[[], bool] = lambda: False,
+        begun: int = 0,
     ) -> tuple[list[list[int]], Any]:
-        """Generate one batch; return what came after the prompts, and the cache."""
+        """Generate one batch; return what came after the prompts, and the cache. `begun` tokens go before, of T5."""
         model.eval()
         tokens, mask = self._padded(prompts)
+        before = {"decoder_input_ids": torch.full((len(prompts), begun), self._ids.pad)} if begun else {}
         computed = autocast(model.device, self._workload.precision)
         with torch.no_grad(), _greedy(model, self._ids), computed, eagerly(self._workload.compile):
             made = model.generate(
                 input_ids=tokens.to(model.device),
                 attention_mask=mask.to(model.device),
+                **{name: ids.to(model.device) for name, ids in before.items()},
                 max_new_tokens=new,
                 return_dict_in_generate=True,
                 stopping_criteria=StoppingCriteriaList([Asked(stop)]),

@@ -28,7 +28,7 @@ from trainer.model import save_model
 from trainer.opening import find_resumed, identity_of, prepare
 from trainer.progress import PATIENCE, Progress, place_of, seed_of, told_differences
 from trainer.ranks import ALONE, MemoryRanOutError, Ranks
-from trainer.schedule import learning_rate_at, steps_in
+from trainer.schedule import steps_in
 from trainer.step import FIRST_LOSS_SCALE, TrainState, accumulate, start, trained, update
 from trainer.tally import Tally, utilization
 from trainer.timetable import Timetable
@@ -151,8 +151,7 @@ class Run:
             taken = yield from self._step()
             yield from self._read()
             self.unread = taken
-            if (recounted := self.timetable.recount()) is not None:
-                yield recounted
+            yield from self._recount()
             self.stopped, saves = self.ranks.any(self.stop(), self.clock.is_due(self.progress.step))
             evaluates = not self.stopped and self._evaluation_is_due()
             ends = self.stopped or self.progress.step == self.timetable.total_steps
@@ -160,10 +159,16 @@ class Run:
                 yield from self._read()
             if evaluates:
                 improved = yield from self._evaluate()
+                yield from self._recount()  # which no longer has it before it
                 (self.stopped,) = self.ranks.any(self.stop())
                 saves, ends = saves or improved, ends or self.stopped or self._is_out_of_patience()
             if ends or saves:
                 yield from self._save(last=ends)
+
+    def _recount(self) -> Iterator[Metrics]:
+        told = self.timetable.recount()
+        if told is not None:
+            yield told
 
     def _is_out_of_patience(self) -> bool:
         return self.progress.best.without >= (self.errand.recipe.early_stopping or math.inf)
@@ -173,9 +178,12 @@ class Run:
 
         Raises ConfigurationError where no time is left of what the run was given.
         """
-        limit, plan, saving = self.errand.time_limit, self.errand.plan, self.errand.saving
-        self.timetable = Timetable(self.asked_steps, self.progress, limit, plan, self.ranks, self.pace)
+        errand, progress, saving = self.errand, self.progress, self.errand.saving
+        self.timetable = Timetable(
+            self.asked_steps, progress, errand.time_limit, errand.recipe, errand.plan, self.ranks, self.pace
+        )
         return {
+            "schedule_done": progress.position,
             "total_steps": self.timetable.total_steps,
             "evaluates_every": self._evaluates_every,
             "saves_every": saving.every_steps or (self.steps_per_epoch if saving.each_epoch else None),
@@ -227,7 +235,7 @@ class Run:
         plan, recipe, progress = self.errand.plan, self.errand.recipe, self.progress
         epoch, place = place_of(progress.step, len(self.store), plan.batching.effective_batch_size)
         ids: Any = self._order(epoch)[place]
-        rate = learning_rate_at(self.timetable.place(), self.timetable.total_steps, recipe)
+        rate = self.timetable.next_rate()
         prepare_heap(self.device, self.workload.cpu_allocator)
         self.meter.reset()
         began = time.perf_counter()

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from math import inf
 from typing import Any
 
-from autotune.errands import TimeLimit
+from autotune.errands import Recipe, TimeLimit
 from autotune.errors import ConfigurationError
 from autotune.plan import Plan
 from autotune.remaining import Pace
 from trainer.progress import Progress
 from trainer.ranks import Ranks
+from trainer.schedule import is_warming_up, learning_rate_at, learning_rate_of
 
 TOLD = 0.02
 """Change of the number of steps that is told of."""
@@ -22,7 +23,8 @@ class Timetable:
     """The steps of a run. Under a limit of time those left are counted anew after each, by what those before it took.
 
     Then the schedule is not of steps but of what is left of it: each step takes the part that it is of the steps left,
-    so that the learning rate never leaps, and is at its end when the time is.
+    so that the learning rate never leaps, and is at its end when the time is. One that goes on without a limit takes
+    what is left of it in the steps that are left.
     """
 
     def __init__(
@@ -30,23 +32,27 @@ class Timetable:
         asked_steps: int,
         progress: Progress,
         limit: TimeLimit | None,
+        recipe: Recipe,
         plan: Plan,
         ranks: Ranks,
         pace: Pace,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.asked_steps = self.total_steps = self._told = asked_steps
-        self._progress, self._plan, self._ranks, self._pace = progress, plan, ranks, pace
-        self._limit, self._clock = limit, clock
+        self._progress, self._recipe, self._plan, self._ranks = progress, recipe, plan, ranks
+        self._limit, self._pace, self._clock = limit, pace, clock
+        more = progress.step < asked_steps
+        if progress.position == 1.0 and more:  # it had ended with its time, and is to go on
+            progress.position = progress.step / asked_steps
         if limit is None:
-            progress.position = None
             return
         self._ends_at = limit.ends_at - (progress.seconds if limit.of_run else 0.0)
         if progress.position is None:
             progress.position = progress.step / asked_steps
-        if ranks.any(self.left_seconds() <= 0)[0]:
+        if more and ranks.any(self.left_seconds() <= 0)[0]:
             raise ConfigurationError(
-                f"no time is left of what the run was given, of which it has taken {progress.seconds:,.0f} s before",
+                f"no time is left: the run has taken {progress.seconds:,.0f} s before, and this command what there was "
+                "until its first step",
                 "give more with --max-time or --finish-by, or leave it out to train all steps",
             )
         self._count()
@@ -55,14 +61,17 @@ class Timetable:
         """Return the seconds that are left."""
         return inf if self._limit is None else self._ends_at - self._clock()
 
-    def place(self) -> float:
-        """Return the place of the step to come in a schedule of all steps: its number, or its share of what is left."""
-        progress = self._progress
+    def next_rate(self) -> float:
+        """Return the learning rate of the step to come, and count it as done in the schedule."""
+        progress, step = self._progress, self._progress.step
         if progress.position is None:
-            return progress.step
-        left = self.total_steps - progress.step
-        progress.position = 1.0 if left == 1 else progress.position + (1 - progress.position) / left
-        return progress.position * self.total_steps - 1
+            return learning_rate_at(step, self.total_steps, self._recipe)
+        left = self.total_steps - step
+        if left == 1:
+            progress.position = 1.0
+        elif not is_warming_up(step, self._recipe):
+            progress.position += (1 - progress.position) / left
+        return learning_rate_of(progress.position, step, self._recipe)
 
     def recount(self) -> dict[str, Any] | None:
         """Count the steps that are left, after one was taken; return an event where it is news."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import typer
 
 from autotune.account import check_room, set_budget
+from autotune.disk import remove
 from autotune.errands import Preprocessed
 from autotune.errors import ConfigurationError, MachineError, NothingFitsError, UserError
+from autotune.forecast import forecast_anew
 from autotune.plan import Hardware, Plan, Workload
 from cli.choices import planned_padding
 from cli.decisions import advice, decisions
@@ -41,17 +44,18 @@ from cli.rehearsal import (
     rehearse,
 )
 from cli.render.banner import print_banner
-from cli.render.console import out, say, show_command
+from cli.render.console import out, say, show_command, warn
 from cli.render.rehearsal import show_checks, tell_outcome
 from cli.render.settings import print_config
-from cli.runs import Resuming, RunPlace, check_disk, find_run, write_run
-from cli.training import Going, Job, follow, train
+from cli.render.units import count, duration
+from cli.runs import SCRATCH, Resuming, RunPlace, begun, check_disk, find_run, write_run
+from cli.training import ENDINGS, Going, Job, follow, train
 from cli.wiring import (
     check_ranks,
     check_reporting,
     check_same_hardware,
     fit_plan,
-    make_time_limit,
+    make_course,
     memory_wishes,
     read_plan,
     settings_of_plan,
@@ -77,7 +81,7 @@ class Asked:
     remembering: Remembering
 
     def again(self, folder: Path) -> list[str]:
-        """Return the command that goes on with the run in a folder."""
+        """Return the same command, of the run in a folder."""
         sources = {"profile": self.profile, "config": self.config, "plan": self.plan_file}
         typed = {name: value for name, value in sources.items() if value} | self.given | {"output_dir": str(folder)}
         return ["chatlm", "train", *["--auto"] * self.auto, *as_arguments(typed)]
@@ -85,49 +89,57 @@ class Asked:
 
 def train_command(asked: Asked, resuming: Resuming, *, show_config: bool, rehearsing: bool) -> None:
     """Plan unless there is a plan, then train it, from the beginning or from a checkpoint; or rehearse that."""
-    began, settings = datetime.now().astimezone(), asked.resolved.settings
+    settings = asked.resolved.settings
     if show_config:
         print_config(asked.resolved)
         return
     check_reporting(settings)
-    make_time_limit(settings, began)  # refused at once, where it is none
     among = launched(settings.ranks)
     if among is not None and rehearsing:
         raise ConfigurationError("a rehearsal launches its ranks itself", "give --ranks N in place of the launcher")
+    if resuming and rehearsing:
+        raise ConfigurationError("a rehearsal is of a run from its beginning", "leave --resume out, or --rehearse")
     if among is not None and among.rank > 0:
         _follow(settings)
         return
     folder = find_run(settings, resuming).folder
     if rehearsing:
-        _rehearse(asked, resuming, folder)
+        with _ended_by_signals():
+            _rehearse(asked, folder)
         return
     with hold(folder) as lock:
+        remove(folder / SCRATCH)
         # Looked at again now that it is ours: one that was just leaving may have left a run, or a checkpoint.
         run = find_run(replace(settings, output_dir=str(folder)), resuming)
         if resuming and run.resume is None:
             say(f"{run.folder} has no checkpoint: beginning at the start")
-        job = _find_job(asked, run, partial(_check_disk, settings, folder))
-        _train(asked, run, job, lock, launches=among is None, began=began)
+        check_folder(folder)
+        job = _find_job(asked, run, partial(_check_cheaply, settings, folder))
+        _train(asked, run, _with_forecast(asked, run, job), lock, launches=among is None)
 
 
-def _train(asked: Asked, run: RunPlace, job: Job, lock: int, *, launches: bool, began: datetime) -> None:
+def _with_forecast(asked: Asked, run: RunPlace, job: Job) -> Job:
+    """Return the job with what the run takes from now on; raises ConfigurationError where it has no time left."""
+    steps, seconds = begun(run)
+    course, limit = make_course(asked.resolved, job.facts, steps, seconds), asked.resolved.limit
+    if limit is not None and course.left_seconds is not None and course.left_seconds <= 0:
+        raise ConfigurationError(
+            f"of the {duration(limit.seconds)} there were, {duration(time.time() - limit.began_at)} went into planning"
+            + (f" and {duration(seconds)} into the {count(steps, 'step')} before" if steps else ""),
+            "give more with --max-time or --finish-by, or leave it out to train all steps",
+        )
+    return replace(job, plan=forecast_anew(job.plan, course))
+
+
+def _train(asked: Asked, run: RunPlace, job: Job, lock: int, *, launches: bool) -> None:
     again = [*asked.again(run.folder), "--resume"]
-    limit = make_time_limit(job.settings, began)
-    print_banner(
-        asked.resolved,
-        asked.profile,
-        job.plan,
-        job.facts,
-        run.folder,
-        decisions(asked.resolved, job.plan, job.facts, by_plan=job.evidence is None),
-        advice(job.plan),
-        again,
-        limit.ends_at if limit else None,
-    )
+    resolved, limit = asked.resolved, asked.resolved.limit
+    told = decisions(resolved, job.plan, job.facts, by_plan=job.evidence is None)
+    print_banner(resolved, asked.profile, job.plan, job.facts, run.folder, told, advice(job.plan), again)
     write = partial(write_run, run.folder, asked.resolved, job.settings, job.plan, job.evidence, _data_of(job))
     if run.resume is None:
         write()
-    train(job, run, lock, Going(write, again, launches, began))
+    train(job, run, lock, Going(write, again, launches, limit))
 
 
 def _data_of(job: Job) -> str:
@@ -138,21 +150,42 @@ def _data_of(job: Job) -> str:
     return kept.model_dump_json(indent=2)
 
 
-def _check_disk(settings: Settings, folder: Path, _facts: Preprocessed, workload: Workload, hardware: Hardware) -> None:
+def _check_cheaply(
+    settings: Settings, folder: Path, facts: Preprocessed, workload: Workload, hardware: Hardware
+) -> None:
+    """Raise MachineError where the disk has no room, and warn of data that a rehearsal would fail."""
     check_disk(folder, workload, settings.keep_last, hardware)
+    for check in (check_rows(facts), check_tokenizer(facts)):
+        if check.verdict == "FAILED":
+            warn(f"{check.name}: {check.told}")
 
 
-def _rehearse(asked: Asked, resuming: Resuming, folder: Path) -> None:
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Have a signal that would end us at once raise instead, so that nothing is left behind."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise typer.Exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in ENDINGS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _rehearse(asked: Asked, folder: Path) -> None:
     """Make the checks, cheap ones first; raises typer.Exit with 1 where one fails."""
     began = time.monotonic()
-    checks = list(show_checks(_checks(asked, resuming, folder)))
+    checks = list(show_checks(_checks(asked, folder)))
     tell_outcome(checks, time.monotonic() - began)
     if any(check.verdict == "FAILED" for check in checks):
         raise typer.Exit(CHECK_FAILED)
     show_command(out, "Train it:", asked.again(folder))
 
 
-def _checks(asked: Asked, resuming: Resuming, folder: Path) -> Iterator[Check]:
+def _checks(asked: Asked, folder: Path) -> Iterator[Check]:
     """Hold the folder, and yield the checks as they are made; once one of the cheap ones fails, no other is tried."""
     with ExitStack() as holding:
         try:
@@ -161,7 +194,7 @@ def _checks(asked: Asked, resuming: Resuming, folder: Path) -> Iterator[Check]:
             yield Check("folder", "FAILED", f"{error.message}; {error.hint}")
             yield Check("run", "not tried", "mend this first")
             return
-        yield from _checks_in(asked, find_run(replace(asked.resolved.settings, output_dir=str(folder)), resuming), lock)
+        yield from _checks_in(asked, RunPlace(folder, None), lock)
 
 
 def _checks_in(asked: Asked, run: RunPlace, lock: int) -> Iterator[Check]:
@@ -183,7 +216,7 @@ def _checks_in(asked: Asked, run: RunPlace, lock: int) -> Iterator[Check]:
     except UserError as error:
         yield from cheap
         told = error.message + f"; {error.hint}" * bool(error.hint)
-        yield Check("plan" if cheap else "data", "FAILED", told)
+        yield Check("plan" if cheap or asked.plan_file else "data", "FAILED", told)
         yield Check("run", "not tried", "mend this first")
         return
     yield from cheap

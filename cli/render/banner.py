@@ -31,7 +31,6 @@ def print_banner(
     decided: Sequence[Decision],
     advised: Sequence[str],
     again: Sequence[str],
-    ends_at: float | None,
 ) -> None:
     """Print it to stderr: the result of training is not this."""
     work = plan.workload
@@ -40,7 +39,7 @@ def print_banner(
         f"[bold]chatlm train[/]: {escape(work.model)}, {work.parameters / 1e6:.1f} M parameters{frozen}, {work.task}, "
         f"{work.stage} -> {escape(str(folder))}"
     )
-    rows = _rows(resolved, profile, plan, facts, ends_at)
+    rows = _rows(resolved, profile, plan, facts)
     _print_grid((name, text) for name, text in rows if text)
     if decided:
         say("decided for you:")
@@ -60,9 +59,7 @@ def _print_grid(rows: Iterator[tuple[str, str]]) -> None:
     err.print(table)
 
 
-def _rows(
-    resolved: Resolved, profile: str | None, plan: Plan, facts: Preprocessed, ends_at: float | None
-) -> Iterator[tuple[str, str]]:
+def _rows(resolved: Resolved, profile: str | None, plan: Plan, facts: Preprocessed) -> Iterator[tuple[str, str]]:
     machine, work = plan.hardware, plan.workload
     if profile is not None:
         yield "profile", f"{profile}: {load_profile(profile).get('about', 'of your own')}"
@@ -85,17 +82,18 @@ def _rows(
     yield "memory", memory_line(plan)
     if machine.device == "cuda":
         yield "nvidia-smi", nvidia_smi_line(plan)
-    yield "time", _time(plan, ends_at)
+    yield "time", _time(resolved, plan)
 
 
-def _time(plan: Plan, ends_at: float | None) -> str:
-    cast = plan.forecast
-    by = f"ends by {_clock(ends_at)}, with the learning rate at its end" if ends_at is not None else ""
+def _time(resolved: Resolved, plan: Plan) -> str:
+    cast, limit = plan.forecast, resolved.limit
+    decayed = ", with the learning rate at its end" if resolved.settings.schedule != "constant" else ""
+    by = f"ends by {_clock(limit.ends_at)}{decayed}" if limit else ""
     if cast is None:
         return by
-    if ends_at is not None and cast.total_steps < cast.asked_steps:
-        return f"{forecast_line(cast)}; {by}"
-    return f"{forecast_line(cast)}; done by about {_clock(time.time() + cast.total_seconds)}"
+    if limit and cast.total_steps < cast.asked_steps:
+        return f"{forecast_line(plan)}; {by}"
+    return f"{forecast_line(plan)}; done by about {_clock(time.time() + cast.left_seconds)}"
 
 
 def _last_step(plan: Plan) -> str:
@@ -107,7 +105,10 @@ def _last_step(plan: Plan) -> str:
 
 def _clock(at: float) -> str:
     """Return a moment as a time of day, with its date where it is another day."""
-    then = datetime.fromtimestamp(at).astimezone()
+    try:
+        then = datetime.fromtimestamp(at).astimezone()
+    except (OverflowError, ValueError, OSError):
+        return "a day beyond all calendars"
     return f"{then:%H:%M}" if then.date() == datetime.now().astimezone().date() else f"{then:%Y-%m-%d %H:%M}"
 
 

@@ -80,7 +80,7 @@ def plan_rows(plan: Plan, data: DataSummary | None, profile: str | None) -> list
         )
     rows.append(("Layout", layout_line(plan, data)))
     if plan.forecast is not None:
-        rows.append(("Forecast", forecast_line(plan.forecast)))
+        rows.append(("Forecast", forecast_line(plan)))
     if profile is not None:
         rows.append(("Profile", f"{profile}; chosen {plan.batching.micro_batch_size}"))
     rows.append(("Not larger", why_not_larger(plan)))

@@ -8,7 +8,7 @@ from operator import attrgetter
 from autotune.batching import balanced_cuts, largest_share
 from autotune.errands import DataSummary
 from autotune.estimate import ERROR
-from autotune.plan import CardProcess, Forecast, Layout, Memory, Plan
+from autotune.plan import CardProcess, Layout, Memory, Plan
 from autotune.shapes import padding_share
 from cli.render.explain import trials_in_force
 from cli.render.notes import balanced_note
@@ -87,27 +87,35 @@ LAYOUTS: dict[Layout, str] = {
 }
 
 
-def forecast_line(cast: Forecast) -> str:
+def forecast_line(plan: Plan) -> str:
     """Say what a run takes, of what parts, how sure that is, and what a limit of time leaves out."""
-    line = (
-        f"{cast.total_steps:,} steps ({cast.epochs:g} x {cast.steps_per_epoch:,} in an epoch), about "
-        f"{duration(cast.total_seconds)} give or take {cast.error:.0%}: "
-        f"{duration(cast.seconds_per_epoch)} an epoch"
-    )
+    cast = plan.forecast
+    assert cast is not None
+    line = f"{count(cast.total_steps, 'step')} ({cast.epochs:g} x {cast.steps_per_epoch:,} in an epoch), about "
+    if cast.left_seconds < cast.total_seconds:
+        line += f"{duration(cast.left_seconds)} from now on, "
+    line += f"{duration(cast.total_seconds)} give or take {cast.error:.0%}: {duration(cast.seconds_per_epoch)} an epoch"
     parts = (
         (cast.evaluations * cast.validation_seconds, "in evaluations"),
         (cast.evaluations * cast.answer_seconds, "in answers"),
         ((cast.checkpoints + 1) * cast.saving_seconds, "in checkpoints"),
     )
-    told = [f"{duration(seconds)} {what}" for seconds, what in parts if seconds >= WORTH_SAYING * cast.total_seconds]
-    line += f", {', '.join(told)}" if told else ""
-    if cast.total_steps < cast.asked_steps:
-        samples = cast.rows * cast.epochs * cast.total_steps / cast.asked_steps
-        line += (
-            f"; the time holds {cast.total_steps:,} of {cast.asked_steps:,} steps: "
-            f"{cast.total_steps / cast.steps_per_epoch:.2g} epochs, "
-            f"or {cast.epochs:g} of {samples / cast.epochs:,.0f} rows (--limit)"
-        )
+    least = max(1.0, WORTH_SAYING * cast.total_seconds)
+    told = [f"{duration(seconds)} {what}" for seconds, what in parts if seconds >= least]
+    return line + f", {', '.join(told)}" * bool(told) + _left_out(plan)
+
+
+def _left_out(plan: Plan) -> str:
+    """Say what of the steps that were asked for has time, in epochs, and in rows that would have all epochs."""
+    cast = plan.forecast
+    assert cast is not None
+    if cast.total_steps >= cast.asked_steps:
+        return ""
+    epochs = cast.total_steps / cast.steps_per_epoch
+    line = f"; the time holds {cast.total_steps:,} of {cast.asked_steps:,} steps: {epochs:.2g} epochs"
+    rows = int(cast.total_steps / cast.epochs) * plan.batching.effective_batch_size
+    if plan.workload.stage == "sft" and rows >= plan.batching.effective_batch_size:  # documents are several samples
+        line += f", or {cast.epochs:g} of {rows:,} rows (--limit)"
     return line
 
 
