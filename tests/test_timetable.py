@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from autotune.errands import Recipe, TimeLimit
 from autotune.errors import ConfigurationError
+from autotune.plan import Forecast
 from autotune.remaining import Pace
 from trainer.progress import Progress
 from trainer.ranks import ALONE
@@ -32,6 +33,13 @@ class Clock:
         return self.now
 
 
+def forecast_of(seconds: float) -> Forecast:
+    """A plan's, of so many seconds a step and nothing between."""
+    cast = facts.plan().forecast
+    assert cast is not None
+    return cast.model_copy(update={"seconds_per_epoch": seconds * cast.steps_per_epoch})
+
+
 def trained(
     asked: int,
     limit: float | None,
@@ -40,13 +48,14 @@ def trained(
     stop_at: int | None = None,
     progress: Progress | None = None,
     recipe: Recipe = RECIPE,
+    told: Forecast | None = None,
 ) -> tuple[list[float], float, Progress]:
     """Rates of the steps that are taken, the seconds that all took, and how far it is."""
     clock, pace, progress = Clock(), Pace(), progress or Progress()
     before = progress.seconds
-    told = None if limit is None else TimeLimit(began_at=0.0, ends_at=limit, of_run=True)
-    plan = facts.plan(forecast=None)
-    table = Timetable(asked, progress, told, recipe, plan, ALONE, pace, clock=clock)
+    timed = None if limit is None else TimeLimit(began_at=0.0, ends_at=limit, of_run=True)
+    plan = facts.plan(forecast=told)
+    table = Timetable(asked, progress, timed, recipe, plan, ALONE, pace, clock=clock)
     pace.add(
         {"kind": "event", "event": "started", "step": progress.step, "total_steps": table.total_steps,
          "evaluates_every": 50}
@@ -136,9 +145,9 @@ def test_a_run_whose_time_is_spent_is_refused() -> None:
 
 
 def test_a_run_that_counted_steps_and_goes_on_by_time_begins_where_it_was_in_the_schedule() -> None:
-    rates, *_ = trained(100, 30.0, [1.0], progress=Progress(step=50))
-    whole, *_ = trained(100, None, [1.0])
-    assert rates[0] == pytest.approx(whole[50], rel=0.1)
+    rates, *_ = trained(100, 30.0, [1.0], progress=Progress(step=50), told=forecast_of(1.0))
+    whole, *_ = trained(80, None, [1.0])
+    assert rates[0] == pytest.approx(whole[50], rel=0.1), "by the steps that have time: 30 of 80 are left"
     assert rates[-1] == pytest.approx(FLOOR)
 
 
@@ -154,8 +163,8 @@ def test_one_that_ended_with_its_time_and_is_given_more_goes_on_as_one_of_more_e
     _, _, progress = trained(100, 50.0, [1.0])
     assert progress.position == 1.0
     done = progress.step
-    rates, *_ = trained(100, 150.0, [1.0], progress=progress)
-    whole, *_ = trained(100, None, [1.0])
+    rates, *_ = trained(100_000, 150.0, [1.0], progress=progress, told=forecast_of(1.0))
+    whole, *_ = trained(150, None, [1.0])
     assert rates[0] == pytest.approx(whole[done], rel=0.1)
     assert rates[-1] == pytest.approx(FLOOR)
 

@@ -42,20 +42,23 @@ class Timetable:
         self._progress, self._recipe, self._plan, self._ranks = progress, recipe, plan, ranks
         self._limit, self._pace, self._clock = limit, pace, clock
         more = progress.step < asked_steps
-        if progress.position == 1.0 and more:  # it had ended with its time, and is to go on
-            progress.position = progress.step / asked_steps
+        ended = progress.position == 1.0 and more
         if limit is None:
+            if ended:  # with its time, and is to go on: as one whose epochs grew does
+                progress.position = progress.step / asked_steps
             return
         self._ends_at = limit.ends_at - (progress.seconds if limit.of_run else 0.0)
-        if progress.position is None:
-            progress.position = progress.step / asked_steps
         if more and ranks.any(self.left_seconds() <= 0)[0]:
             raise ConfigurationError(
                 f"no time is left: the run has taken {progress.seconds:,.0f} s before, and this command what there was "
                 "until its first step",
                 "give more with --max-time or --finish-by, or leave it out to train all steps",
             )
+        begins = progress.position is None or ended
+        progress.position = 0.0 if begins else progress.position
         self._count()
+        if begins:
+            progress.position = progress.step / self.total_steps
 
     def left_seconds(self) -> float:
         """Return the seconds that are left."""
