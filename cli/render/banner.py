@@ -47,7 +47,7 @@ def print_banner(
     for text in advised:
         warn(text)
     say("Ctrl-C ends after the step that runs, and saves; see it go: " + f"chatlm monitor {folder}")
-    show_command(err, "go on with:", again)
+    show_command(err, "after a stop:", again)
 
 
 def _print_grid(rows: Iterator[tuple[str, str]]) -> None:
