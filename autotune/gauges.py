@@ -41,6 +41,10 @@ class Gauge(NamedTuple):
     """Why its clocks are lower than they could be, in words."""
     processes: tuple[Held, ...] | None
 
+    def is_used_by(self, process_ids: Set[int]) -> bool:
+        """Say whether one of these processes is told to be on it."""
+        return any(held.process_id in process_ids for held in self.processes or ())
+
     def held_by(self, process_ids: Set[int], known: Set[int]) -> int | None:
         """Return the bytes that processes hold; None where that cannot be told.
 

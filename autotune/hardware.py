@@ -104,14 +104,17 @@ def read_host_memory(process: Path = PROCESS) -> HostMemory:
     return HostMemory(total, available, limited_by)
 
 
-def read_control_group_limits(process: Path = PROCESS) -> list[GroupLimit]:
+def read_control_group_limits(process: Path = PROCESS, seen_from: Path | None = None) -> list[GroupLimit]:
     """Read the memory limits of our control groups, from our own upwards; a group without one is left out.
+
+    Of another process they are read where `seen_from`, which is ours, has them mounted: its own mounts may be another
+    container's.
 
     Available is the limit less what the group holds and the kernel could not drop. What lies above the mount
     point, as outside a container, is not seen.
     docs.kernel.org/admin-guide/cgroup-v2.html, docs.kernel.org/admin-guide/cgroup-v1/memory.html.
     """
-    limits = (_read_group_limit(directory) for directory in _find_groups("memory", process))
+    limits = (_read_group_limit(directory) for directory in _find_groups("memory", process, seen_from or process))
     return [limit for limit in limits if limit]
 
 
@@ -229,13 +232,13 @@ def _read_core_quota(directory: Path) -> int | None:
     return int(fields[0]) // int(fields[1])
 
 
-def _find_groups(controller: str, process: Path) -> Iterator[Path]:
+def _find_groups(controller: str, process: Path, seen_from: Path | None = None) -> Iterator[Path]:
     """Find the directories of our groups, of either version, each followed by its ancestors."""
     for line in _read_text(process / "cgroup").splitlines():
         _, controllers, group = line.split(":", 2)
         # The line of version 2 names no controller.
         for hierarchy in {controller, ""}.intersection(controllers.split(",")):
-            yield from _walk_up(PurePosixPath(group), list(_find_mounts(hierarchy, process)))
+            yield from _walk_up(PurePosixPath(group), list(_find_mounts(hierarchy, seen_from or process)))
 
 
 def _find_mounts(hierarchy: str, process: Path) -> Iterator[tuple[PurePosixPath, Path]]:

@@ -21,6 +21,25 @@ UNSEEN_ERROR = 0.5
 """Of an evaluation that has not been seen to its end: how long answers get is not known before they are given."""
 
 
+MOST_STEPS = 10**12
+"""Or of anything that is counted: what says more is no count."""
+MOST_SECONDS = 1e9
+"""Of anything that a run waits for, some thirty years."""
+
+
+def sane_count(value: object) -> int | None:
+    """Return a whole number that may count something; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_STEPS:
+        return None
+    return int(value) if value == int(value) else None
+
+
+def sane_seconds(value: object) -> float | None:
+    """Return a number that something may have taken; None for anything else."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if number and 0 <= value <= MOST_SECONDS else None  # type: ignore[operator,return-value]
+
+
 class Costs(NamedTuple):
     """The seconds that each part of a run takes, and how often it comes."""
 
@@ -97,16 +116,16 @@ class Pace:
     _own: int = 0
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Take in one row of metrics."""
-        kind, event, seconds = row.get("kind"), row.get("event"), row.get("seconds")
+        """Take in one row of metrics; what is no number where one belongs counts as not said."""
+        kind, event, seconds = row.get("kind"), row.get("event"), sane_seconds(row.get("seconds"))
         if event == "started":
             self._begin(row)
         elif event == "rescheduled":
-            self.total_steps = row.get("total_steps", self.total_steps)
-        if not isinstance(seconds, int | float):
+            self.total_steps = sane_count(row.get("total_steps")) or self.total_steps
+        if seconds is None:
             return
         if kind == "train":
-            self.step, self._own = row["step"], self._own + 1
+            self.step, self._own = sane_count(row.get("step")) or self.step, self._own + 1
             if self._own > 1:
                 self.steps.append(seconds)
         elif kind == "validation" or event == "sampled":
@@ -115,16 +134,18 @@ class Pace:
             self.checkpoints.append(seconds)
 
     def _begin(self, row: Mapping[str, Any]) -> None:
-        self.total_steps, self.step, self._own = row.get("total_steps", self.total_steps), row["step"], 0
-        self.evaluates_every, self.saves_best = row.get("evaluates_every"), bool(row.get("saves_best"))
-        self.saves_every, self.saves_every_seconds = row.get("saves_every"), row.get("saves_every_seconds")
+        self.total_steps = sane_count(row.get("total_steps")) or self.total_steps
+        self.step, self._own, self.saves_best = sane_count(row.get("step")) or 0, 0, bool(row.get("saves_best"))
+        self.evaluates_every = sane_count(row.get("evaluates_every")) or None
+        self.saves_every = sane_count(row.get("saves_every")) or None
+        self.saves_every_seconds = sane_seconds(row.get("saves_every_seconds")) or None
         for seen in (self.steps, self.evaluations, self.checkpoints):
             seen.clear()
 
     def costs(self, plan: Plan | None) -> Costs | None:
         """Return what each part takes, by the plan where this process has not met it yet; None where nothing says."""
         cast = plan.forecast if plan else None
-        planned = cast.seconds_per_epoch / cast.steps_per_epoch if cast else 0.0
+        planned = cast.seconds_per_epoch / cast.steps_per_epoch if cast and cast.steps_per_epoch else 0.0
         if not (self.steps or planned):
             return None
         step = fmean(self._recent) if self.steps else planned
@@ -170,7 +191,8 @@ class Pace:
             return 0.25 if len(recent) < 4 else 0.15
         seconds = recent[-size * BLOCKS :]
         blocks = [fmean(seconds[i : i + size]) for i in range(0, len(seconds), size)]
-        return 2 * pstdev(blocks) / fmean(blocks)
+        mean = fmean(blocks)
+        return 2 * pstdev(blocks) / mean if mean else 0.0
 
 
 def _points(first: int, last: int, every: int | None) -> int:

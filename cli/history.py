@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import socket
+import stat
 from array import array
 from collections import deque
 from contextlib import suppress
@@ -19,7 +21,7 @@ import psutil
 from autotune.errands import DataSummary
 from autotune.errors import ConfigurationError
 from autotune.plan import Fact, Layout, Plan
-from autotune.remaining import Left, Pace
+from autotune.remaining import Left, Pace, sane_count, sane_seconds
 from cli.lock import LOCK
 
 Metrics = dict[str, Any]
@@ -40,6 +42,19 @@ COLUMNS = (
     "model_flops_utilization",
 )
 """Of the rows of steps, what is kept: numbers alone, so that a run of a million steps has room."""
+COUNTS = {
+    *("step", "total_steps", "evaluates_every", "saves_every", "tokens", "target_tokens", "padded_tokens"),
+    *("micro_batches", "bleu_rows", "rows", "rows_now", "best_step", "evaluations"),
+}
+"""Of any row, what is a whole number, and not below zero."""
+MEASURES = {
+    *("epoch", "loss", "mean_loss", "best_loss", "learning_rate", "gradient_norm", "model_flops_utilization"),
+    *("perplexity", "accuracy", "bleu"),
+}
+"""What is a number of any kind."""
+AMOUNTS = ("seconds", "bytes", "per_second")
+"""How the name of what is not below zero ends: its unit."""
+MOST_AMOUNT = 1e24
 TAIL_BYTES = 64 * 2**10
 BLOCK_BYTES = 2**20
 """That are read at a time: a file of a million rows has a few hundred of these."""
@@ -122,10 +137,38 @@ def _block(file: BufferedReader) -> bytes:
 
 def _row(line: bytes) -> Metrics | None:
     with suppress(ValueError, RecursionError):
-        row = json.loads(line)
-        if isinstance(row, dict) and _is_number(row.get("step")):
-            return row
+        row = json.loads(line, parse_constant=_no_number)
+        if isinstance(row, dict) and sane_count(row.get("step")) is not None:
+            return {name: _sane(name, value) for name, value in row.items()}
     return None
+
+
+def _no_number(_: str) -> None:
+    """Take NaN and Infinity for what a run writes in their place."""
+
+
+def _sane(name: str, value: Any) -> Any:
+    """Return what a row says under a name: None where a number belongs and none is that can be."""
+    if type(value) is str and name not in COUNTS and name not in MEASURES and not name.endswith(AMOUNTS):
+        return value
+    if name in COUNTS:
+        return sane_count(value)
+    if name.endswith("seconds"):
+        return sane_seconds(value)
+    if name.endswith(AMOUNTS):
+        return value if _is_number(value) and 0 <= value <= MOST_AMOUNT else None
+    if name in MEASURES:
+        return value if _is_number(value) else None
+    return _without_excess(value)
+
+
+def _without_excess(value: Any) -> Any:
+    """Return anything with None for each number in it that is too much for a float."""
+    if isinstance(value, dict):
+        return {name: _without_excess(under) for name, under in value.items()}
+    if isinstance(value, list):
+        return [_without_excess(one) for one in value]
+    return None if isinstance(value, int | float) and not abs(value) < 1e300 else value
 
 
 def _is_number(value: object) -> bool:
@@ -204,16 +247,15 @@ class History:
 
     def _take(self, row: Metrics) -> None:
         self._pace.add(row)
-        if _is_number(row.get("total_steps")):
-            self.total_steps = int(row["total_steps"])
-        if _is_number(row.get("peak_memory_bytes")):
-            self.peak_memory_bytes = max(self.peak_memory_bytes, int(row["peak_memory_bytes"]))
+        self.total_steps = row.get("total_steps") or self.total_steps
+        self.peak_memory_bytes = max(self.peak_memory_bytes, int(row.get("peak_memory_bytes") or 0))
         if row.get("kind") == "train":
             for name, column in self.columns.items():
                 column.append(float(row[name]) if _is_number(row.get(name)) else math.nan)
             self.recent.append(row)
-            self.steps, self.taken = int(row["step"]), self.taken + 1
+            self.steps, self.taken = row["step"], self.taken + 1
         elif row.get("kind") == "validation":
+            row.pop("event", None)
             self.validations.append(row)
         elif row.get("kind") == "event" and isinstance(row.get("event"), str):
             if row["event"] == "started":
@@ -241,11 +283,12 @@ class History:
     def checkpoints(self) -> list[Checkpoint]:
         """Return those that lie there, the oldest first."""
         found = []
-        for folder in (self.folder / "checkpoints").glob("step-*"):
-            with suppress(OSError, ValueError):
-                held = sum(file.stat().st_size for file in folder.iterdir())
-                saved = (folder / "manifest.json").stat().st_mtime
-                found.append(Checkpoint(int(folder.name.removeprefix("step-")), held, saved))
+        with suppress(OSError):
+            for folder in (self.folder / "checkpoints").glob("step-*"):
+                with suppress(OSError, ValueError):
+                    held = sum(file.stat().st_size for file in folder.iterdir())
+                    saved = (folder / "manifest.json").stat().st_mtime
+                    found.append(Checkpoint(int(folder.name.removeprefix("step-")), held, saved))
         return sorted(found)
 
     def log_lines(self, most: int) -> list[str]:
@@ -288,7 +331,7 @@ def find_holder(folder: Path) -> Holder | None:
     """
     try:
         lock = folder / LOCK
-        signed = re.match(r"process (\d+) on (\S+) since", lock.read_text(encoding="utf-8"))
+        signed = re.match(r"process (\d{1,10}) on (\S+) since", lock.read_text(encoding="utf-8"))
         signed_at = lock.stat().st_mtime
     except (OSError, UnicodeDecodeError):
         return None
@@ -311,23 +354,63 @@ def _lives(process_id: int, signed_at: float) -> bool:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run lies in a folder."""
-    return (folder / "metrics.jsonl").is_file() or (folder / "plan.json").is_file()
+    """Whether a run lies in a folder, as far as it can be read."""
+    try:
+        return _holds_run(folder)
+    except OSError:
+        return False
+
+
+def _holds_run(folder: Path) -> bool:
+    """Say whether a run lies there; raises OSError where that cannot be read."""
+    return any(stat.S_ISREG(_mode(folder / name)) for name in ("metrics.jsonl", "plan.json"))
+
+
+def _mode(path: Path) -> int:
+    """Return what kind of file it is, 0 where there is none; raises OSError where that cannot be read."""
+    try:
+        return os.stat(path).st_mode  # noqa: PTH116 # as `is_file` was: later Pythons take what cannot be read for none
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
 
 
 def find_runs(named: list[str]) -> list[Path]:
-    """Return the folders that were named, or the runs under `runs/`, the newest first.
+    """Return the folders that were named, or the runs under `runs/`, the newest first; each once, links resolved.
 
     Raises ConfigurationError for a name that is no run.
     """
     if not named:
         found = [folder for folder in Path("runs").glob("*") if is_run(folder)]
-        return sorted(found, key=_changed_at, reverse=True)
+        return sorted(_once(sorted(found, key=Path.is_symlink)), key=_changed_at, reverse=True)
     for name in named:
-        if not is_run(Path(name)):
-            what = "holds no run" if Path(name).is_dir() else "no such folder"
-            raise ConfigurationError(f"{name}: {what}", "give the folder of a run, such as runs/NAME")
-    return [Path(name) for name in named]
+        _check_run(name)
+    return _once([Path(name) for name in named])
+
+
+def _once(folders: list[Path]) -> list[Path]:
+    """Return of folders that are the same one the first."""
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        found.setdefault(folder.resolve(), folder)
+    return list(found.values())
+
+
+def _check_run(name: str) -> None:
+    folder, hint = Path(name), "give the folder of a run, such as runs/NAME"
+    try:
+        if _holds_run(folder):
+            return
+        mode = _mode(folder)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{name}: cannot be read ({error.strerror})", "see to its permissions, or give another run"
+        ) from None
+    if stat.S_ISDIR(mode):
+        raise ConfigurationError(f"{name}: holds no run", hint)
+    if mode:
+        inside = f", such as {folder.parent}" if is_run(folder.parent) else ", such as runs/NAME"
+        raise ConfigurationError(f"{name}: is a file, and a run is a folder", f"give the folder of a run{inside}")
+    raise ConfigurationError(f"{name}: no such folder", hint)
 
 
 def _changed_at(folder: Path) -> float:

@@ -5,6 +5,7 @@ Pure. What cannot be told from a secret is masked: a word too few is asked for a
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ MASKED = "***"
 SECRET_WORDS = {
     *("secret", "secrets", "password", "passwords", "passwd", "pwd", "passphrase", "credential", "credentials"),
     *("authorization", "apikey", "authtoken", "accesskey", "secretkey", "privatekey", "accesstoken"),
+    *("pw", "cookie", "cookies"),
 }
 """In a name: whatever it is set to is a secret."""
-OFTEN_SECRET = {"token", "key", "pass", "auth"}
+OFTEN_SECRET = {"token", "key", "pass", "auth", "pat", "signature"}
 """The same, but for what language models and Python call so."""
 HARMLESS_WORDS = {
     *("pad", "padding", "eos", "bos", "unk", "sep", "cls", "mask", "special", "added", "image", "end", "start"),
@@ -38,17 +40,35 @@ TOKENS = re.compile(
     r"|gh[a-z]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
     r"|A[A-Z]{2}A[A-Z0-9]{16,}"
     r"|xox[a-z]-[\w-]{10,}|AIza[\w-]{30,}|ya29\.[\w-]{20,}|pypi-[\w-]{20,}|npm_[A-Za-z0-9]{20,}"
+    r"|nvapi-[\w-]{20,}|gsk_[A-Za-z0-9]{20,}|do[opr]_v1_[a-f0-9]{20,}|SG\.[\w-]{10,}\.[\w-]{10,}"
     r"|eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?"
     r")",
     re.DOTALL,
 )
 """Those that say by their beginning whose they are."""
 BEARER = re.compile(r"\b(bearer\s+)(?!\*)\S{8,}", re.IGNORECASE)
-IN_ADDRESS = re.compile(r"(?<=://)[^\s/@]+(?:@[^\s/@]+)*@")
-"""Of a URL, what stands before the host: user and password."""
+BASIC = re.compile(r"\b(basic\s+)([A-Za-z0-9+/]{6,}={0,2})", re.IGNORECASE)
+IN_ADDRESS = re.compile(r"""(?<=://)(?:[^\s/@:]*:(?!\d{1,5}/)[^\s"'<>]*@(?:[^\s/@]+@)*|[^\s/@]+(?:@[^\s/@]+)*@)""")
+"""Of a URL, what stands before the host: user and password, in which there may be @ and /, but where a port stands."""
+SIGNED = re.compile(
+    r"""((?:[?&;]|%(?:25)*(?:3F|26|3B))(?:[\w-]*signature|sig|policy)(?:=|%(?:25)*3D))[^\s&"'<>#]+""", re.IGNORECASE
+)
+"""Of a URL, what lets whoever has it in."""
+WEBHOOK = re.compile(r"(hooks\.slack\.com/\w+/|discord(?:app)?\.com/api/webhooks/)[\w/+-]+", re.IGNORECASE)
+HEX_KEY = r"(?<![A-Za-z0-9])[0-9a-fA-F]{40}(?![A-Za-z0-9])"
+"""A key of WandB's, or a commit of git's."""
+NAMED_HEX_KEY = re.compile(
+    r"((?:key|token|secret|password|credential|login)s?\b[^\n\w]{1,4}(?:[a-z]{1,12}[ :=]{1,3}){0,3}?)" + HEX_KEY,
+    re.IGNORECASE,
+)
 VALUE = r"""(?P<value>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|[^\s]+)"""
-SET = re.compile(r"""(?<![\w.-])(?P<name>[\w.-]+)(?P<sep>\\*["']?[ \t]*(?:=>|:=|=|:)[ \t]*)""" + VALUE)
-"""NAME=value, name: value, "name": "value"."""
+SET = re.compile(
+    r"""(?<![\w.-])(?:(?<=%)(?:25)*[0-9A-Fa-f]{2})?(?P<name>[\w.-]+)"""
+    r"""(?P<sep>\\*["']?[ \t]*(?:=>|:=|=|:|%(?:25)*3[ADad])[ \t]*)""" + VALUE
+)
+"""NAME=value, name: value, "name": "value"; in a URL within one, = and : have other forms."""
+USER = re.compile(r"(?<![\w-])(?:-u|--user|--proxy-user)(?P<sep>[ \t]+|=)" + VALUE)
+"""Of curl: a name, and a password behind a colon; of docker, two numbers."""
 OPTION = re.compile(r"(?<![\w-])(?P<name>--?[A-Za-z][\w.-]*)(?P<sep>[ \t]+)(?!-)" + VALUE)
 
 
@@ -86,8 +106,8 @@ def mask_data(value: Any, private: Private, name: str = "") -> Any:
 
 
 def mask_setting(name: str, value: str) -> str:
-    """Return the value of a variable, or nothing of it where its name says that it is secret."""
-    return MASKED if value and is_secret(name) else value
+    """Return the value of a variable, or nothing of it where its name, or its form, says that it is secret."""
+    return MASKED if value and is_secret(name) else re.sub(HEX_KEY, MASKED, value)
 
 
 def is_secret(name: str) -> bool:
@@ -114,16 +134,29 @@ def _without_secrets(text: str, private: Private) -> str:
                 text = text.replace(form, MASKED)
     text = TOKENS.sub(MASKED, text)
     text = BEARER.sub(rf"\1{MASKED}", text)
+    text = BASIC.sub(_basic, text)
     text = IN_ADDRESS.sub(f"{MASKED}@", text)
+    for pattern in (SIGNED, WEBHOOK, NAMED_HEX_KEY):
+        text = pattern.sub(rf"\1{MASKED}", text)
     text = "\n".join(_line(line) for line in text.split("\n"))
     for home in _forms_of(private.home):
         text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
     return text
 
 
+def _basic(found: re.Match[str]) -> str:
+    """Mask what is a user and a password in base64; basic things of other kinds are no such."""
+    try:
+        told = base64.b64decode(found[2].rstrip("=") + "=" * (-len(found[2].rstrip("=")) % 4))
+        secret = told.isascii() and b":" in told and told.decode().isprintable()
+    except ValueError:
+        secret = False
+    return found[1] + MASKED if secret else found[0]
+
+
 def _line(line: str) -> str:
     """Mask what a line sets names of secrets to: all that follows where there is no doubt, else the next word."""
-    for pattern in (OPTION, SET):
+    for pattern in (USER, OPTION, SET):
         at = 0
         while found := pattern.search(line, at):
             at = found.end("sep")
@@ -137,6 +170,8 @@ def _line(line: str) -> str:
 
 def _is_set(found: re.Match[str]) -> bool:
     """Say whether a name that is set is a secret's: a word alone before a colon is often prose, key: lm_head."""
+    if found.re is USER:
+        return re.fullmatch(r"""["']?\d+:\d+["']?""", found["value"]) is None and ":" in found["value"]
     name, value = found["name"], found["value"]
     if not is_secret(name):
         return False
@@ -151,7 +186,7 @@ def _is_set(found: re.Match[str]) -> bool:
 
 def _to_the_end(found: re.Match[str]) -> bool:
     """Say whether what follows on the line belongs to it: a password may have blanks, where nothing quotes it."""
-    return bool(_words(found["name"]) & SECRET_WORDS) and found.re is SET and found["value"][0] not in "\"'"
+    return found.re is SET and bool(_words(found["name"]) & SECRET_WORDS) and found["value"][0] not in "\"'"
 
 
 def _like(value: str) -> str:

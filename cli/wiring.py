@@ -29,8 +29,16 @@ def check_reporting(settings: Settings) -> None:
 
 
 def cache_dir() -> Path:
-    """Return where token stores and trained tokenizers are kept: $XDG_CACHE_HOME/chatlm, or ~/.cache/chatlm."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chatlm"
+    """Return where token stores and trained tokenizers are kept: $XDG_CACHE_HOME/chatlm, or ~/.cache/chatlm.
+
+    Raises ConfigurationError for a user without a home folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chatlm"
+    except RuntimeError:
+        raise ConfigurationError(
+            "this user has no home folder, in which a cache could be", "export XDG_CACHE_HOME=DIR, or HOME=DIR"
+        ) from None
 
 
 def preprocess_errand(settings: Settings, *, demo: bool, show: int = 0) -> Preprocess:

@@ -145,6 +145,14 @@ class FakeNvml:
 
 
 CALLS = [name for name in vars(FakeNvml) if name.startswith("nvml")]
+OF_GAUGES = {
+    "nvmlDeviceGetUtilizationRates",
+    "nvmlDeviceGetTemperature",
+    "nvmlDeviceGetPowerUsage",
+    "nvmlDeviceGetEnforcedPowerLimit",
+    "nvmlDeviceGetCurrentClocksThrottleReasons",
+}
+"""Those that only they make: what a card has is read without."""
 
 
 def failing(cards: list[FakeCard], name: str, code: int) -> FakeNvml:

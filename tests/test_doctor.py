@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import facts as made
+import psutil
 import pynvml
 import pytest
 from conftest import CommandRunner, chatlm_path
@@ -18,6 +21,7 @@ from fake_nvml import LARGE, SLICED, SMALL, FakeCard, FakeNvml
 
 from autotune.cards import survey_cards
 from autotune.errands import Probed
+from autotune.errors import ConfigurationError
 from autotune.plan import CardProcess, Fact
 from cli.doctor.bundle import MOST_LINES, write_bundle
 from cli.doctor.facts import CardFacts, Driver, Facts, Host, Limit, Place, Software, TableRates
@@ -26,6 +30,7 @@ from cli.doctor.gather import find_features, gather, look_at_place, read_private
 from cli.masking import Private
 from cli.render.doctor import print_report
 from cli.render.units import rate
+from cli.wiring import cache_dir
 
 GIB = 2**30
 MIB = 2**20
@@ -45,8 +50,14 @@ def card(**changes: Any) -> CardFacts:
         "most_clock_mhz": 1980,
         "slowed_by": (),
         "others": (),
+        "own_process_ids": (812, 77, 9),
     }
     return CardFacts(**(told | changes))
+
+
+def place(path: str, **changes: Any) -> Place:
+    told = {"what": "current folder", "disk": "/data", "free_bytes": 100 * GIB, "refused": ""}
+    return Place.model_validate({"path": path} | told | changes)
 
 
 def machine(**changes: Any) -> Facts:
@@ -74,8 +85,8 @@ def machine(**changes: Any) -> Facts:
             swap_used_bytes=0,
             shared_memory_bytes=16 * GIB,
             places=(
-                Place(what="current folder", path="/data/x", free_bytes=100 * GIB, refused=""),
-                Place(what="cache folder", path="/data/.cache/chatlm", free_bytes=100 * GIB, refused=""),
+                place("/data/x"),
+                place("/data/.cache/chatlm", what="cache folder"),
             ),
         ),
         "driver": Driver(version="570.124.06", cuda=(12, 8), card_is_seen=True, trouble=""),
@@ -224,7 +235,7 @@ FOUND: list[tuple[str, Callable[[], Facts], str, str, str, str]] = [
         NOTE, "foreign-processes",
         "other programs hold 4.00 GiB of the 20.00 GiB of NVIDIA GeForce RTX 3080 (20%): ollama (pid 812, 3.00 GiB), "
         "process (pid 77)",
-        "close them, or: kill 812 77",
+        "close them, or: kill 812",
     ),
     (
         "full", lambda: machine(cards=(card(memory_free_bytes=GIB // 2),)), PROBLEM, "foreign-processes",
@@ -278,18 +289,28 @@ FOUND: list[tuple[str, Callable[[], Facts], str, str, str, str]] = [
     ),
     (
         "little disk",
-        lambda: machine(places=(Place(what="current folder", path="/data/x", free_bytes=3 * GIB, refused=""),)),
+        lambda: machine(places=(place("/data/x", free_bytes=3 * GIB),)),
         NOTE, "little-disk", "the disk of the current folder, /data/x, has 3.00 GiB free",
-        "free some: du -xh --max-depth=2 ~ | sort -h | tail; or cd to another, or give --output-dir DIR to train",
+        "free some: du -xh --max-depth=2 /data | sort -h | tail; or cd to another, or give --output-dir DIR to train",
     ),
     (
-        "no disk", lambda: machine(places=(Place(what="cache folder", path="/c", free_bytes=MIB, refused=""),)),
+        "no disk", lambda: machine(places=(place("/c", what="cache folder", disk="/", free_bytes=MIB),)),
         PROBLEM, "little-disk", "the disk of the cache folder, /c, has 0.00 GiB free",
-        "free some: du -xh --max-depth=2 ~ | sort -h | tail; or export XDG_CACHE_HOME=DIR, on another disk",
+        "free some: du -xh --max-depth=2 / | sort -h | tail; or export XDG_CACHE_HOME=DIR, on another disk",
+    ),
+    (
+        "one disk of two folders",
+        lambda: machine(
+            places=(place("/data/x", free_bytes=GIB), place("/data/c", free_bytes=GIB, what="cache folder"))
+        ),
+        NOTE, "little-disk",
+        "the disk of the current folder, /data/x, and the cache folder, /data/c, has 1.00 GiB free",
+        "free some: du -xh --max-depth=2 /data | sort -h | tail; or cd to another, or give --output-dir DIR to train; "
+        "and export XDG_CACHE_HOME=DIR, on another disk",
     ),
     (
         "not writable",
-        lambda: machine(places=(Place(what="cache folder", path="/c", free_bytes=9 * GIB, refused="Read-only"),)),
+        lambda: machine(places=(place("/c", what="cache folder", refused="Read-only"),)),
         PROBLEM, "not-writable", "the cache folder, /c, cannot be written (Read-only)",
         "export XDG_CACHE_HOME=DIR, on another disk",
     ),
@@ -438,6 +459,57 @@ def test_a_folder_that_is_not_there_is_tried_where_it_would_be_made_and_nothing_
     assert look_at_place("cache folder", tmp_path / "file").refused == "Not a directory"
 
 
+TOO_LONG = "x" * 300
+"""A name that the system refuses to look up, whoever asks: as a home that nobody may read."""
+
+
+def test_a_folder_that_cannot_be_looked_at_is_refused_and_its_disk_is_the_nearest(tmp_path: Path) -> None:
+    place = look_at_place("cache folder", tmp_path / TOO_LONG / ".cache")
+    assert place.refused == "File name too long"
+    assert Path(place.disk) in (tmp_path, *tmp_path.parents)
+    assert place.free_bytes == pytest.approx(psutil.disk_usage(str(tmp_path)).free, rel=0.1)
+
+
+def test_a_file_system_without_bytes_is_no_full_disk() -> None:
+    told = look_at_place("current folder", Path("/proc/self"))
+    assert (told.free_bytes, told.disk) == (None, "/proc")
+    found = find(machine(places=(told,)))
+    assert [finding.name for finding in found] == ["not-writable"]
+
+
+def test_a_user_without_home_and_entry_has_facts_and_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_: int) -> Any:
+        raise KeyError("uid not found")
+
+    for name in ("HOME", "XDG_CACHE_HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)  # what every Python asks
+    assert (read_private({}).home, read_private({}).user) == ("", "")
+    (place,) = (place for place in gather({}, Nvml([]), measure=False).host.places if place.what == "cache folder")
+    found = find(machine(places=(place,)))
+    assert [(finding.name, finding.hint) for finding in found] == [
+        ("not-writable", "export XDG_CACHE_HOME=DIR, on another disk")
+    ]
+    assert "no home folder" in found[0].message
+    with pytest.raises(ConfigurationError, match="no home folder"):
+        cache_dir()
+
+
+@pytest.mark.parametrize("name", ["Xorg", "gnome-shell", "kwin_wayland", "Xwayland", "dwm.exe", ""])
+def test_what_draws_the_screen_or_has_no_name_or_is_another_users_is_not_to_be_killed(name: str) -> None:
+    for process, own in ((CardProcess(process_id=9, name=name, bytes=None), (9,)), (OLLAMA, ())):
+        (found,) = find(machine(cards=(card(memory_free_bytes=9 * GIB, others=(process,), own_process_ids=own),)))
+        assert found.hint == "nvidia-smi shows who it is; close what is not needed"
+
+
+def test_whose_a_process_on_a_card_is_is_asked_of_the_system() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    busy = FakeCard("card", "GPU-1", 20 * GIB, GIB, (8, 6), computing={child.pid: GIB, 2**30: GIB})
+    (one,) = gather({}, Nvml([busy]), measure=False).cards
+    child.communicate(b"\n")
+    assert (len(one.others), one.own_process_ids) == (2, (child.pid,))
+
+
 @pytest.mark.parametrize(
     ("per_second", "said"),
     [(59.5e12, "59.5 TFLOP/s"), (9.96e9, "9.96 GFLOP/s"), (2e11, "200 GFLOP/s"), (0, "0.00 MFLOP/s")],
@@ -455,19 +527,11 @@ def printed(facts: Facts, private: dict[str, str], capsys: pytest.CaptureFixture
             text = text.replace(word, shown)
         return text
 
-    print_report(facts, find(facts), mask)
+    print_report(facts, find(facts), mask, width=200)
     return " ".join(capsys.readouterr().out.split())
 
 
-@pytest.fixture
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal that wraps nothing."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-def test_a_report_tells_each_figure_with_its_source_and_its_share(
-    capsys: pytest.CaptureFixture[str], wide: None
-) -> None:
+def test_a_report_tells_each_figure_with_its_source_and_its_share(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(machine(cards=(card(others=(OLLAMA,)),)), {}, capsys)
     assert "bf16 matrices at 50.0 TFLOP/s, 84% of the card's 59.5 TFLOP/s here; here" in text
     assert "memory copied at 640 GB/s, 84% of the card's 760 GB/s, read and write" in text
@@ -475,11 +539,11 @@ def test_a_report_tells_each_figure_with_its_source_and_its_share(
     assert "Found: no problem, nothing else to know" in text
 
 
-def test_whatever_is_printed_is_masked(capsys: pytest.CaptureFixture[str], wide: None) -> None:
+def test_whatever_is_printed_is_masked(capsys: pytest.CaptureFixture[str]) -> None:
     facts = machine(
         processor="mine", system="mine", environment={"HF_HOME": "mine"}, visible="mine", device="cpu", measured=None,
         worker_failed="mine", cards=(card(name="mine"),), versions={"chatlm": "mine", "Python": "3", "torch": "2"},
-        places=(Place(what="cache folder", path="mine", free_bytes=9, refused="mine"),),
+        places=(place("mine", what="cache folder", disk="mine", refused="mine", free_bytes=9),),
     )  # fmt: skip
     assert "mine" not in printed(facts, {"mine": "<user>"}, capsys)
 

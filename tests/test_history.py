@@ -167,7 +167,10 @@ def test_a_lock_whose_process_is_gone_or_is_another_or_a_zombie_holds_nothing(tm
     assert find_holder(tmp_path) is None, "it was signed long before this process began"
 
 
-@pytest.mark.parametrize("words", ["", "nobody", "process x on y since z", "\udcff"])
+@pytest.mark.parametrize(
+    "words",
+    ["", "nobody", "process x on y since z", "\udcff", f"process {'9' * 5000} on {os.uname().nodename} since z"],
+)
 def test_a_lock_that_says_nothing_holds_nothing(tmp_path: Path, words: str) -> None:
     (tmp_path / LOCK).write_bytes(words.encode(errors="surrogateescape"))
     assert find_holder(tmp_path) is None
@@ -227,3 +230,66 @@ def test_runs_are_found_the_newest_first_and_what_is_none_is_told(
         find_runs(["runs/empty"])
     with pytest.raises(ConfigurationError, match="no such folder"):
         find_runs(["runs/none"])
+
+
+TOO_LONG = "x" * 300
+"""A name that the system refuses to look up, whoever asks: as a folder that nobody may read."""
+
+
+def test_a_folder_that_cannot_be_read_hides_no_other_and_is_told_where_it_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "good").mkdir(parents=True)
+    write(Path("runs/good"), step(1))
+    (tmp_path / "runs" / "bad").symlink_to(TOO_LONG)
+    assert find_runs([]) == [Path("runs/good")]
+    with pytest.raises(ConfigurationError, match=r"runs/bad: cannot be read \(File name too long\)"):
+        find_runs(["runs/bad"])
+
+
+def test_a_file_of_a_run_is_told_to_be_one_with_the_folder_that_was_meant(tmp_path: Path) -> None:
+    file = write(tmp_path, step(1)) / "metrics.jsonl"
+    with pytest.raises(ConfigurationError, match="is a file, and a run is a folder") as told:
+        find_runs([str(file)])
+    assert told.value.hint == f"give the folder of a run, such as {tmp_path}"
+
+
+def test_a_run_that_has_two_names_is_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("b", "a"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        write(Path("runs") / name, step(1))
+    for name in ("0-latest", "latest"):
+        (tmp_path / "runs" / name).symlink_to("b")
+    assert sorted(find_runs([])) == [Path("runs/a"), Path("runs/b")]
+    named = ["runs/latest", "runs/a", "runs/b/", "./runs/a"]
+    assert find_runs(named) == [Path("runs/latest"), Path("runs/a")]
+
+
+HUGE = 10**400
+
+
+def test_what_is_no_number_where_one_belongs_is_none_and_all_else_is_as_it_was(tmp_path: Path) -> None:
+    history = History(
+        write(
+            tmp_path,
+            event("started", 0, total_steps=10, evaluates_every=0, note="0"),
+            event("rescheduled", 1, total_steps="many"),
+            event("rescheduled", 1, total_steps=10**18),
+            step(2, seconds=HUGE, tokens="4", epoch=[1], loss=math.nan, peak_memory_bytes="7", best=True),
+            {"kind": "validation", "step": 2, "loss": HUGE, "generation_seconds": -1, "event": [1]},
+            event("plan_against_real", 2, real_tokens_per_second="fast", errors={"packed": HUGE, "sorted": 1e-7}),
+            event("checkpoint", 2, bytes=True, checkpoint="c", seconds=0.5),
+        )
+    )
+    assert (history.total_steps, history.peak_memory_bytes) == (10, 0)
+    (last,) = history.recent
+    assert {name: last[name] for name in ("seconds", "tokens", "epoch", "loss", "peak_memory_bytes", "best")} == {
+        "seconds": None, "tokens": None, "epoch": None, "loss": None, "peak_memory_bytes": None, "best": True,
+    }  # fmt: skip
+    assert history.validations == [{"kind": "validation", "step": 2, "loss": None, "generation_seconds": None}]
+    assert history.events[0]["note"] == "0"
+    assert history.events[-2]["real_tokens_per_second"] is None
+    assert history.events[-2]["errors"] == {"packed": None, "sorted": 1e-7}
+    assert history.events[-1] == event("checkpoint", 2, bytes=None, checkpoint="c", seconds=0.5)

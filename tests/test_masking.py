@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import string
 from typing import Any
@@ -17,21 +18,56 @@ ANN = Private(home="/home/ann", user="ann", host="thinkpad.lan", secrets=("corre
 LETTERS = string.ascii_letters + string.digits
 
 random_words = st.text(LETTERS, min_size=24, max_size=40)
-tokens = st.builds(
-    "{}{}".format,
-    st.sampled_from(["hf_", "sk-", "sk-proj-", "ghp_", "gho_", "github_pat_", "glpat-", "xoxb-", "pypi-", "npm_"]),
-    random_words,
-) | st.builds("AKIA{}".format, st.text(string.ascii_uppercase + string.digits, min_size=16, max_size=16))
+tokens = (
+    st.builds(
+        "{}{}".format,
+        st.sampled_from(
+            [
+                "hf_",
+                "sk-",
+                "sk-proj-",
+                "ghp_",
+                "gho_",
+                "github_pat_",
+                "glpat-",
+                "xoxb-",
+                "pypi-",
+                "npm_",
+                "nvapi-",
+                "gsk_",
+                f"SG.{'a' * 12}.",
+            ]
+        ),
+        random_words,
+    )
+    | st.builds("dop_v1_{}".format, st.text("0123456789abcdef", min_size=64, max_size=64))
+    | st.builds("AKIA{}".format, st.text(string.ascii_uppercase + string.digits, min_size=16, max_size=16))
+)
 names = st.sampled_from(
     ["HF_TOKEN", "WANDB_API_KEY", "api_key", "apiKey", "password", "DB_PASSWORD", "client-secret",
-     "AWS_SECRET_ACCESS_KEY", "credentials", "access.token", "auth_token", "ssh_key", "passphrase", "Authorization"]
+     "AWS_SECRET_ACCESS_KEY", "credentials", "access.token", "auth_token", "ssh_key", "passphrase", "Authorization",
+     "GITHUB_PAT", "db_pw"]
 )  # fmt: skip
 frames = st.sampled_from(
     ["{name}={secret}", "{name} = {secret}", "{name}: {secret}", '"{name}": "{secret}"', "'{name}': '{secret}'",
      '{name} = "{secret}"  # command line', "--{name} {secret}", "--{name}={secret}", "export {name}={secret}",
      "https://host/x?{name}={secret}&page=2", '{{\\"{name}\\": \\"{secret}\\"}}']
 )  # fmt: skip
-UNNAMED = ("Bearer {secret}", "authorization: bearer {secret}", "https://ann:{secret}@host/x", "git+https://{secret}@h")
+UNNAMED = (
+    *("Bearer {secret}", "authorization: bearer {secret}", "https://ann:{secret}@host/x", "git+https://{secret}@h"),
+    *(
+        "https://h/x?Expires=1&Signature={secret}&Key-Pair-Id=2",
+        "https://h/x?X-Amz-Signature={secret}",
+        "?sig={secret}",
+    ),
+    *(
+        "https://h/x?Policy={secret}",
+        "https%3A%2F%2Fh%3Fpage%3D1%26access_token%3D{secret}",
+        "?u=h%253Ftoken%253D{secret}",
+    ),
+    *("https://hooks.slack.com/services/T01/B02/{secret}", "Cookie: session={secret}", "curl -u alice:{secret} h"),
+    *("postgres://u:p@ss/{secret}@h/db", "postgres://u:{secret}/w0rd@h/db", "pw={secret}"),
+)
 
 
 @st.composite
@@ -95,6 +131,11 @@ def test_no_secret_survives_in_any_field_of_data(
         ("password = correct horse", "password = ***"),
         ("{'token': 'abcdefgh', 'loss': 2.5}", "{'token': '***', 'loss': 2.5}"),
         ("postgres://ann:p@ss@db/x", "postgres://***@db/x"),
+        ("postgres://u:p@ss/w0rd@h/db", "postgres://***@h/db"),
+        ("http://localhost:8080/x@2 and mail@host", "http://localhost:8080/x@2 and mail@host"),
+        ("git+https://github.com/a/b@v1", "git+https://github.com/a/b@v1"),
+        ("curl -u alice:pw https://h; docker run -u 1000:1000 x", "curl -u *** https://h; docker run -u 1000:1000 x"),
+        ("https://h/x?sig=ab&page=2", "https://h/x?sig=***&page=2"),
         ("-----BEGIN RSA PRIVATE KEY-----\nabc\ndef\n-----END RSA PRIVATE KEY-----\nloss 2", "***\nloss 2"),
         ("-----BEGIN PRIVATE KEY-----\nabc\ndef", "***"),
     ],
@@ -154,7 +195,7 @@ def test_names_of_secrets(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "tokens", "KeyError", "monkey", "passes", "PWD"]
+    "name", ["OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "tokens", "KeyError", "monkey", "passes", "PWD", "path"]
 )
 def test_names_of_no_secrets(name: str) -> None:
     assert mask_setting(name, "x") == "x"
@@ -163,3 +204,25 @@ def test_names_of_no_secrets(name: str) -> None:
 def test_numbers_are_masked_under_names_that_leave_no_doubt() -> None:
     given = {"password": 1234, "token": 1234, "secret": {"a": ["b", 5]}, "key": True}
     assert mask_data(given, ANN) == {"password": "***", "token": 1234, "secret": {"a": ["***", "***"]}, "key": True}
+
+
+HEX = "0123456789abcdef" * 2 + "01234567"
+FINGERPRINT = HEX + HEX[:24]
+
+
+def test_forty_digits_are_a_key_beside_a_word_for_one_or_in_a_variable_and_else_a_commit() -> None:
+    for told in ("wandb key {}", "API token: {}", "your secret is {}", "login = {}", "key was set to {}"):
+        assert HEX not in mask_text(told.format(HEX), ANN), told
+    for told in (f"commit {HEX}", f"sha1 {HEX}, a monkey", f"data_fingerprint {FINGERPRINT}", f"a key {FINGERPRINT}"):
+        assert mask_text(told, ANN) == told
+    assert mask_setting("WANDB_RUN", HEX) == "***"
+    assert mask_setting("CHATLM_DATA", FINGERPRINT) == FINGERPRINT
+
+
+@given(st.text(LETTERS, min_size=2, max_size=12), st.text(LETTERS + "!@/", min_size=2, max_size=20))
+def test_a_user_and_a_password_in_base64_are_masked_and_words_behind_basic_are_not(user: str, password: str) -> None:
+    told = base64.b64encode(f"{user}:{password}".encode()).decode()
+    for form in (told, told.rstrip("=")):
+        assert mask_text(f"sent Basic {form}, refused", ANN) == "sent Basic ***, refused"
+    words = "Basic arithmetic, basic training, basic tokenization"
+    assert mask_text(words, ANN) == words

@@ -5,31 +5,38 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pty
+import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import facts
+import psutil
 import pytest
-from conftest import CommandRunner
+from conftest import CommandRunner, chatlm_path
 from fake_nvml import GIB, SLICED, FakeCard, FakeNvml
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from autotune.process import held_bytes
+from cli.history import History
 from cli.lock import hold
 from cli.monitor.curves import Curve, Point
-from cli.monitor.facts import Glance, LeftFacts
+from cli.monitor.facts import DiskFacts, Glance, GroupFacts, LeftFacts, MemoryFacts, SwapFacts
 from cli.monitor.watch import Watch
 from cli.render.monitor import draw, plain
 from cli.render.screen import LiveScreen
 from cli.render.units import duration
+from cli.report.events import course
 
 ENCODINGS = ("ascii", "gbk", "cp1252", "utf-8")
 NO_CARDS = FakeNvml([])
@@ -47,6 +54,11 @@ def step(number: int, **more: Any) -> dict[str, Any]:
         "seconds": 0.5, "tokens_per_second": 8000.0, "peak_memory_bytes": 6 * GIB, "model_flops_utilization": 0.295,
     }  # fmt: skip
     return row | more
+
+
+def drawn(glance: Glance, label: str, width: int = 80) -> list[str]:
+    """The words of each line with that label."""
+    return [line for line in picture(glance, width, "utf-8").splitlines() if line.startswith(label)]
 
 
 def event(name: str, number: int = 0, **more: Any) -> dict[str, Any]:
@@ -73,7 +85,7 @@ def make_run(folder: Path, steps: int = 12, log: str = "loading\nfirst words\n")
 
 
 @contextmanager
-def watching(*folders: Path, nvml: FakeNvml = NO_CARDS, **how: float) -> Iterator[Watch]:
+def watching(*folders: Path, nvml: FakeNvml = NO_CARDS, **how: Any) -> Iterator[Watch]:
     watch = Watch([str(folder) for folder in folders], nvml, **how)
     yield watch
     watch.close()
@@ -253,7 +265,7 @@ def test_a_run_that_died_is_said_to_have_with_how_long_ago_it_wrote_and_no_eta(r
     silent = glance.runs[0].silent_seconds
     assert silent == pytest.approx(glance.at_seconds - 1e9)
     assert silent is not None
-    assert f"DIED, wrote last {duration(silent)} ago: no process holds it" in words
+    assert f"DIED, wrote last {duration(silent)} ago, no process holds it" in words
     with hold(dead), watching(dead) as watch:
         assert "running" in picture(watch.look())
 
@@ -424,3 +436,208 @@ def test_the_points_of_a_curve_stand_for_stretches_of_one_length(steps: int) -> 
     assert len(lengths) <= 1
     assert all(point.value == point.step - (length - 1) / 2 for point in points[:-1] for length in lengths)
     assert len(points) > 4 or len(points) == steps
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=6)
+    | st.sampled_from([10**400, 10**18, 1e-320, 0, "many"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=3,
+)  # fmt: skip
+NAMES = sorted({
+    *step(1), "total_steps", "evaluates_every", "saves_every", "saves_every_seconds", "saves_best", "bytes", "message",
+    "generation_seconds", "real_tokens_per_second",
+})  # fmt: skip
+kinds = st.sampled_from(
+    [step(3), event("started", 2, total_steps=9), event("checkpoint", 3, seconds=1), event("spike", 3),
+     {"kind": "validation", "step": 3, "loss": 1.0, "seconds": 1.0}, event("rescheduled", 3, total_steps=7)]
+)  # fmt: skip
+rows = st.builds(lambda row, odd: row | odd, kinds, st.dictionaries(st.sampled_from(NAMES), json_values, max_size=4))
+
+
+@settings(max_examples=30)
+@given(st.lists(rows, max_size=5))
+@example([step(1), step(2), {"kind": "validation", "step": 2, "loss": 10**400}])
+@example([event("started", total_steps=10**12), *(step(number, seconds=0.0) for number in range(1, 40))])
+@example([event("started", total_steps=10**12, saves_every_seconds=1e-320), *map(step, range(1, 9))])
+@example([event("started", total_steps="many", evaluates_every=0), step(1), step(2, seconds=1e-320), step(3)])
+def test_whatever_rows_say_the_run_is_seen_drawn_and_told(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    append(folder, *rows)
+    with hold(folder), watching(folder) as watch:
+        glance = watch.look()
+    json.loads(glance.to_json())
+    for width in (40, 100):
+        lines = draw(glance, width, None, "utf-8")
+        assert max(cell_len("".join(words for words, _ in line)) for line in lines) <= width
+    course(History(folder))
+
+
+@pytest.fixture
+def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The kernel's own files, but for what it says of memory, and for groups: there is one mount for these."""
+    made = tmp_path / "proc"
+    made.mkdir()
+    for there in Path("/proc").iterdir():
+        if there.name not in ("meminfo", "self", str(os.getpid())):
+            (made / there.name).symlink_to(there)
+    sizes = {"MemTotal": 16, "MemFree": 1, "MemAvailable": 9, "Cached": 3, "SwapTotal": 8, "SwapFree": 5}
+    sizes |= dict.fromkeys(("Buffers", "Shmem", "Active", "Inactive", "Slab"), 0)
+    (made / "meminfo").write_text("".join(f"{name}: {size * 2**20} kB\n" for name, size in sizes.items()))
+    for name, group in (("self", "ours"), (str(os.getpid()), "job/run")):
+        (made / name).mkdir()
+        (made / name / "cgroup").write_text(f"0::/{group}\n")
+    for file in ("stat", "status", "cmdline"):
+        (made / str(os.getpid()) / file).symlink_to(f"/proc/{os.getpid()}/{file}")
+    groups = tmp_path / "groups"
+    (made / "self" / "mountinfo").write_text(f"1 2 0:3 / {groups} rw - cgroup2 cgroup2 rw\n")
+    for name, limit, held in (("ours", 2, 1), ("job", 6, 4), ("job/run", 12, 3)):
+        (groups / name).mkdir(parents=True)
+        (groups / name / "memory.max").write_text(f"{limit * GIB}\n")
+        (groups / name / "memory.current").write_text(f"{held * GIB}\n")
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(made))
+    return made
+
+
+def test_memory_swap_and_the_group_that_binds_the_run_are_what_the_kernel_says(
+    run: Path, tmp_path: Path, proc: Path
+) -> None:
+    other = make_run(tmp_path / "other")
+    with hold(other), watching(run, other, proc=proc) as watch:
+        machine = watch.look().machine
+    assert (machine.memory.total_bytes, machine.memory.available_bytes) == (16 * GIB, 9 * GIB)
+    assert (machine.swap.total_bytes, machine.swap.used_bytes) == (8 * GIB, 3 * GIB)
+    (group,) = machine.groups
+    assert group.path.endswith("/job"), "the tightest of them, once for both runs"
+    assert (group.memory.total_bytes, group.memory.available_bytes) == (6 * GIB, 2 * GIB)
+    held = held_bytes(os.getpid())
+    assert machine.memory.of_runs_bytes == pytest.approx(held, rel=0.2), "one process of two runs counts once"
+    assert group.memory.of_runs_bytes == machine.memory.of_runs_bytes
+    with watching(make_run(tmp_path / "dead"), proc=proc) as watch:
+        (group,) = watch.look().machine.groups
+    assert (group.path.endswith("/ours"), group.memory.of_runs_bytes) == (True, None)
+
+
+def test_two_groups_are_two_rows(run: Path) -> None:
+    with watching(run) as watch:
+        glance = watch.look()
+    groups = tuple(GroupFacts(name, MemoryFacts(size * GIB, GIB, GIB, None)) for name, size in (("a", 4), ("b", 5)))
+    rows = drawn(replace(glance, machine=replace(glance.machine, groups=groups)), "cgroup")
+    assert [row.split()[-4:] for row in rows] == [["1.00", "2.00", "1.00", "4.00"], ["1.00", "3.00", "1.00", "5.00"]]
+
+
+def a_glance(run: Path, **machine: Any) -> Glance:
+    with watching(run) as watch:
+        glance = watch.look()
+    return replace(glance, machine=replace(glance.machine, **machine))
+
+
+def test_a_row_of_memory_is_divided_and_marked_by_hand_computed_figures(run: Path) -> None:
+    memory = MemoryFacts(16 * GIB, 9 * GIB, 2 * GIB, 8 * GIB)
+    glance = a_glance(run, memory=memory, swap=SwapFacts(8 * GIB, 3 * GIB))
+    width = 9 + 32 + 2 + 4 * 10
+    (row,) = drawn(glance, "RAM", width)
+    assert row.split()[-4:] == ["2.00", "5.00", "9.00", "16.00"]
+    assert row[9:41] == "\u2588" * 4 + "\u2592" * 10 + "\u2591" + "\u2503" + "\u2591" * 16, "the budget is at a half"
+    (row,) = drawn(glance, "swap", width)
+    assert row.split()[-4:] == ["-", "3.00", "5.00", "8.00"]
+
+
+def test_speed_is_that_of_steps_behind_the_first_and_the_best_evaluation_is_the_lowest(tmp_path: Path) -> None:
+    steps = [step(1, seconds=90.0), *(step(number, tokens=1000 * number, seconds=number / 10) for number in (2, 3, 4))]
+    checks = [{"kind": "validation", "step": 4, "loss": loss} for loss in (2.5, 1.5, 2.0)]
+    append(tmp_path, event("started", total_steps=9), *steps, *checks)
+    with watching(tmp_path) as watch:
+        live = watch.look().runs[0]
+    assert live.tokens_per_second == pytest.approx(9000 / 0.9)
+    assert (live.validation_loss, live.best_validation_loss) == (2.0, 1.5)
+
+
+def test_a_point_of_the_curve_of_speed_is_all_tokens_by_all_seconds(tmp_path: Path) -> None:
+    slow, fast = {"tokens": 1000, "seconds": 9.0}, {"tokens": 1000, "seconds": 1.0}
+    append(tmp_path, *(step(number, **(slow if number % 2 else fast)) for number in range(1, 241)))
+    with watching(tmp_path) as watch:
+        points = watch.look().runs[0].tokens_per_second_curve
+    assert {point.value for point in points} == {200.0}
+
+
+@pytest.mark.parametrize("width", [20, 21, 40, 45, 50, 58, 59, 80])
+def test_on_a_narrow_screen_columns_are_left_out_and_no_number_is_cut(run: Path, width: int) -> None:
+    append(run, *(step(number, seconds=0.001) for number in range(13, 1300)))
+    glance = a_glance(run, memory=MemoryFacts(16 * GIB, 9 * GIB, 2 * GIB, None))
+    (row,) = drawn(glance, "RAM", width)
+    shown = {2: ["2.00", "9.00"], 3: ["2.00", "9.00", "16.00"], 4: ["2.00", "5.00", "9.00", "16.00"]}
+    assert row.split()[2:] == shown[2 if width < 49 else 3 if width < 59 else 4]
+    whole = picture(glance, 300)
+    numbers = {*re.findall(r"\d[\d.,:]*", whole)}
+    lines = [line for line in picture(glance, width).splitlines() if "tokens/s" not in line and line[:1].isalpha()]
+    assert {found for line in lines for found in re.findall(r"\d[\d.,:]*", line)} <= numbers
+    assert max(map(len, lines)) <= max(40, width)
+
+
+def test_sizes_of_a_disk_of_any_size_stand_apart(run: Path) -> None:
+    disks = tuple(DiskFacts("x", tib * 1024 * GIB, (tib - 1) * 1024 * GIB) for tib in (9, 11, 500, 99_999))
+    rows = [row.split("  ", 1)[1] for row in drawn(a_glance(run, disks=disks), "disk")]
+    assert [row.split(" ", 1)[1].split() for row in (row.strip() for row in rows)] == [
+        ["-", "1024.00", "8192.00", "9216.00"],
+        ["-", "1024.00", "10.00", "TiB", "11.00", "TiB"],
+        ["-", "1024.00", "499.0", "TiB", "500.0", "TiB"],
+        ["-", "1024.00", "99998", "TiB", "99999", "TiB"],
+    ]
+
+
+def test_a_card_of_which_nothing_is_told_gets_a_budget_only_where_it_is_the_only_one(run: Path) -> None:
+    strangers = FakeCard("card", "GPU-1", 20 * GIB, 4 * GIB, computing={2**30: 3 * GIB})
+    budget = facts.plan().memory.budget_bytes
+    for cards, budgets in (([strangers], [budget]), ([strangers, IDLE], [None, None])):
+        with watching(run, nvml=FakeNvml(cards)) as watch:
+            assert [card.memory_budget_bytes for card in watch.look().machine.gpus] == budgets
+    unsized = replace(strangers, computing={os.getpid(): None})
+    with watching(run, nvml=FakeNvml([strangers, unsized])) as watch:
+        assert [card.memory_budget_bytes for card in watch.look().machine.gpus] == [None, budget]
+
+
+def test_a_run_whose_folder_goes_is_said_to_be_removed_in_a_whole_sentence(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "live")
+    with watching(folder) as watch:
+        assert watch.look().runs[0].state == "died"
+        shutil.rmtree(folder)
+        glance = watch.look()
+    assert glance.runs[0].state == "removed"
+    assert "run live  REMOVED, its folder is gone" in picture(glance)
+    for state in ("running", "finished", "stopped", "died"):
+        (run,) = (replace(run, state=state, silent_seconds=None, checkpoints=()) for run in glance.runs)
+        words = picture(replace(glance, runs=(run,)))
+        assert ", ," not in words
+        assert ", :" not in words
+        assert ("no checkpoint yet" in words) == (state == "running")
+
+
+def test_an_end_that_is_far_has_its_year_and_one_beyond_the_calendar_no_day(run: Path) -> None:
+    glance = a_glance(run)
+    (live,) = glance.runs
+    for days, said in ((1, True), (800, True), (10**15, False)):
+        far = replace(live, left=LeftFacts(86_400.0 * days, 1.0, 86_400.0 * days))
+        (eta,) = drawn(replace(glance, runs=(far,)), "ETA", 120)
+        assert ("done at about" in eta) == said
+        assert (time.strftime("%Y", time.localtime(glance.at_seconds + 86_400 * days)) in eta) if days == 800 else True
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_one_picture(run: Path) -> None:
+    ours, theirs = pty.openpty()
+    environ = {**os.environ, "TERM": "dumb", "COLUMNS": "80"}
+    shown = subprocess.Popen([chatlm_path(), "monitor", str(run)], env=environ, stdout=theirs, stdin=theirs)
+    try:
+        assert shown.wait(timeout=30) == 0
+    finally:
+        shown.kill()
+    os.close(theirs)
+    words = b""
+    with suppress(OSError):  # the end of a terminal
+        while more := os.read(ours, 2**16):
+            words += more
+    os.close(ours)
+    assert b"run live  running" in words
+    assert b"\x1b" not in words

@@ -152,6 +152,25 @@ def test_the_range_holds_the_figure_and_is_narrower_where_steps_are_even(seconds
     assert (told.high - told.seconds) / told.seconds >= (level.high - level.seconds) / level.seconds - 1e-9
 
 
+@pytest.mark.parametrize("junk", ["many", 0, -1, True, None, [], float("nan"), 10**400, 10**18, 2.5])
+def test_a_row_that_says_no_number_says_nothing_of_what_is_left(junk: object) -> None:
+    pace = Pace()
+    for told in (started(100, evaluates_every=junk, saves_every=junk), row(1, 1.0), row(2, 1.0), row(3, 1.0)):
+        pace.add(told)
+    pace.add({"kind": "event", "event": "rescheduled", "total_steps": junk})
+    pace.add({"kind": "validation", "step": 3, "seconds": junk})
+    left = pace.left(None)
+    assert left is not None
+    assert left.seconds == pytest.approx(97.0)
+
+
+def test_steps_that_took_no_time_leave_none() -> None:
+    pace = Pace()
+    for told in (started(100), *(row(step, 0.0) for step in range(1, 50))):
+        pace.add(told)
+    assert pace.left(None) == (0.0, 0.0, 0.0)
+
+
 def behind(rows: list[dict[str, Any]]) -> tuple[float, float]:
     """At a tenth of a process's own steps: what is said to be left, and what was."""
     pace, left = Pace(), 0.0

@@ -43,7 +43,10 @@ class Place(Fact):
 
     what: Literal["current folder", "cache folder"]
     path: str
-    free_bytes: int
+    disk: str
+    """Where its disk is mounted; empty where that cannot be told."""
+    free_bytes: int | None
+    """None where it is no disk that could be full, such as /proc, or does not tell."""
     refused: str
     """Why it cannot be written; empty where it can."""
 
@@ -84,6 +87,8 @@ class CardFacts(Fact):
     slowed_by: tuple[str, ...]
     others: tuple[CardProcess, ...]
     """Who is on it, the largest first."""
+    own_process_ids: tuple[int, ...]
+    """Of these, the user's."""
 
 
 class Driver(Fact):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 
 from autotune.plan import CardProcess
-from cli.doctor.facts import SHARED_MEMORY, CardFacts, Facts, Finding, Severity
+from cli.doctor.facts import SHARED_MEMORY, CardFacts, Facts, Finding, Place, Severity
 from cli.render.units import gib, rate
 
 GIB = 2**30
@@ -30,6 +31,11 @@ FIRST_DRIVERS = {11: 450, 12: 525, 13: 580}
 START = 'the command that pytorch.org, "Get started", gives'
 REINSTALL = "pip install --force-reinstall torch"
 NAMED = 3
+DISPLAY_SERVERS = (
+    *("xorg", "x11", "xwayland", "gnome-shell", "gnome-session", "kwin", "plasmashell", "mutter", "weston", "sway"),
+    *("hyprland", "cinnamon", "xfwm", "lightdm", "gdm", "sddm", "dwm", "explorer", "csrss", "winlogon"),
+)
+"""How their names begin, in small letters: whoever ends one ends the session."""
 
 
 def find(facts: Facts) -> tuple[Finding, ...]:
@@ -201,14 +207,22 @@ def _foreign(facts: Facts) -> Iterator[Finding]:
     if held <= FOREIGN_SHARE * card.memory_total_bytes and not little:
         return
     severity: Severity = "problem" if little else "worth knowing"
-    ids = " ".join(str(process.process_id) for process in card.others[:NAMED])
+    ends = [process.process_id for process in card.others[:NAMED] if _may_end(process, card)]
     yield Finding(
         severity=severity,
         name="foreign-processes",
         message=f"other programs hold {gib(held)} of the {gib(card.memory_total_bytes)} of {card.name} "
         f"({held / card.memory_total_bytes:.0%}): {_others(card)}",
-        hint=f"close them, or: kill {ids}" if ids else "nvidia-smi shows who it is; close what is not needed",
+        hint=f"close them, or: kill {' '.join(map(str, ends))}"
+        if ends
+        else "nvidia-smi shows who it is; close what is not needed",
     )
+
+
+def _may_end(process: CardProcess, card: CardFacts) -> bool:
+    """Say whether a process may be ended: the user's, known by name, and not what draws the screen."""
+    name = process.name.lower().removesuffix(".exe")
+    return bool(name) and process.process_id in card.own_process_ids and not name.startswith(DISPLAY_SERVERS)
 
 
 def _others(card: CardFacts) -> str:
@@ -319,19 +333,39 @@ def _limited(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _disk(facts: Facts) -> Iterator[Finding]:
+ELSEWHERE = {
+    "current folder": "cd to another, or give --output-dir DIR to train",
+    "cache folder": "export XDG_CACHE_HOME=DIR, on another disk",
+}
+
+
+def _not_writable(facts: Facts) -> Iterator[Finding]:
     for place in facts.host.places:
-        where = f"the {place.what}, {place.path},"
-        elsewhere = "cd to another, or give --output-dir DIR to train"
-        if place.what == "cache folder":
-            elsewhere = "export XDG_CACHE_HOME=DIR, on another disk"
         if place.refused:
-            yield _problem("not-writable", f"{where} cannot be written ({place.refused})", elsewhere)
-        if place.free_bytes < LITTLE_DISK_BYTES:
-            severity: Severity = "problem" if place.free_bytes < NO_DISK_BYTES else "worth knowing"
-            message = f"the disk of {where} has {gib(place.free_bytes)} free"
-            hint = f"free some: du -xh --max-depth=2 ~ | sort -h | tail; or {elsewhere}"
-            yield Finding(severity=severity, name="little-disk", message=message, hint=hint)
+            yield _problem(
+                "not-writable",
+                f"the {place.what}, {place.path}, cannot be written ({place.refused})",
+                ELSEWHERE[place.what],
+            )
+
+
+def _disk(facts: Facts) -> Iterator[Finding]:
+    """Tell of each disk once, whatever is on it."""
+    disks: dict[str, list[Place]] = {}
+    for place in facts.host.places:
+        if place.free_bytes is not None and place.free_bytes < LITTLE_DISK_BYTES:
+            disks.setdefault(place.disk or place.path, []).append(place)
+    for disk, places in disks.items():
+        free = min(place.free_bytes or 0 for place in places)
+        severity: Severity = "problem" if free < NO_DISK_BYTES else "worth knowing"
+        where = " and ".join(f"the {place.what}, {place.path}," for place in places)
+        elsewhere = "; and ".join(ELSEWHERE[place.what] for place in places)
+        yield Finding(
+            severity=severity,
+            name="little-disk",
+            message=f"the disk of {where} has {gib(free)} free",
+            hint=f"free some: du -xh --max-depth=2 {shlex.quote(disk)} | sort -h | tail; or {elsewhere}",
+        )
 
 
 def _shared_memory(facts: Facts) -> Iterator[Finding]:
@@ -403,7 +437,7 @@ def _glibc(facts: Facts) -> Iterator[Finding]:
 RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     *(_no_driver, _driver_refuses, _torch_missing, _torch_without_cuda, _driver_too_old, _torch_sees_none, _no_kernels),
     *(_hidden, _not_usable, _worker_failed, _not_measured, _foreign, _slowed, _slow_card, _slower_precision, _spills),
-    *(_little_memory, _swap, _limited, _disk, _shared_memory, _threads, _environment, _compiler, _glibc),
+    *(_little_memory, _swap, _limited, _not_writable, _disk, _shared_memory, _threads, _environment, _compiler, _glibc),
 )
 
 

@@ -22,7 +22,7 @@ import psutil
 
 from autotune.cards import CardState, Survey, find_rates, survey_cards
 from autotune.errands import Probe, Probed
-from autotune.errors import UserError
+from autotune.errors import ConfigurationError, UserError
 from autotune.hardware import name_processor, read_control_group_limits, read_hardware
 from autotune.plan import Hardware, Precision
 from autotune.process import WorkerCrashedError, ask
@@ -81,8 +81,12 @@ def read_private(environ: Mapping[str, str] = os.environ) -> Private:
         user = getpass.getuser()
     except (OSError, KeyError, ImportError):  # a container's user without a name
         user = ""
+    try:
+        home = str(Path.home())
+    except RuntimeError:
+        home = ""
     secrets = tuple(value for name, value in environ.items() if is_secret(name))
-    return Private(home=str(Path.home()), user=user, host=socket.gethostname(), secrets=secrets)
+    return Private(home=home, user=user, host=socket.gethostname(), secrets=secrets)
 
 
 def _read_software(root: Path) -> Software:
@@ -147,7 +151,16 @@ def _card(state: CardState) -> CardFacts:
         most_clock_mhz=state.most_clock_mhz,
         slowed_by=state.slowed_by,
         others=card.others,
+        own_process_ids=tuple(one.process_id for one in card.others if _is_own(one.process_id)),
     )
+
+
+def _is_own(process_id: int) -> bool:
+    """Say whether a process is the user's; one outside our container cannot be."""
+    try:
+        return psutil.Process(process_id).username() == psutil.Process().username()
+    except psutil.Error:
+        return False
 
 
 def _find_table(hardware: Hardware) -> TableRates | None:
@@ -181,7 +194,7 @@ def _read_host(root: Path) -> Host:
         swap_total_bytes=swap.total,
         swap_used_bytes=swap.used,
         shared_memory_bytes=_read_size(root / SHARED_MEMORY[1:]),
-        places=(look_at_place("current folder", Path()), look_at_place("cache folder", cache_dir())),
+        places=(look_at_place("current folder", Path()), _look_at_cache()),
     )
 
 
@@ -192,18 +205,58 @@ def find_features(cpuinfo: str) -> tuple[str, ...]:
     return tuple(name for name in FEATURES if name in told)
 
 
+def _look_at_cache() -> Place:
+    try:
+        return look_at_place("cache folder", cache_dir())
+    except ConfigurationError as error:
+        return Place(what="cache folder", path="~/.cache/chatlm", disk="", free_bytes=None, refused=error.message)
+
+
 def look_at_place(what: Literal["current folder", "cache folder"], folder: Path) -> Place:
     """Say what is free where a folder is, or would be made, and try to write there; nothing is left."""
     path = folder.absolute()
-    there = next(place for place in (path, *path.parents) if place.exists())
+    there, refused = _nearest(path)
+    if not refused:
+        try:
+            with tempfile.TemporaryFile(dir=there if there.is_dir() else path) as file:
+                file.write(b"chatlm")
+                file.flush()
+        except OSError as error:
+            refused = error.strerror or str(error)
+    return Place(what=what, path=str(path), disk=_find_disk(there), free_bytes=_read_free(there), refused=refused)
+
+
+def _nearest(path: Path) -> tuple[Path, str]:
+    """Return it, or its nearest parent that is there and can be looked at, and why one below that cannot."""
     refused = ""
+    for place in (path, *path.parents):
+        try:
+            place.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            refused = refused or error.strerror or str(error)
+            continue
+        return place, refused
+    return path, refused
+
+
+def _find_disk(place: Path) -> str:
     try:
-        with tempfile.TemporaryFile(dir=there if there.is_dir() else path) as file:
-            file.write(b"chatlm")
-            file.flush()
-    except OSError as error:
-        refused = error.strerror or str(error)
-    return Place(what=what, path=str(path), free_bytes=psutil.disk_usage(str(there)).free, refused=refused)
+        device = place.stat().st_dev
+        while place != place.parent and place.parent.stat().st_dev == device:
+            place = place.parent
+    except OSError:
+        return ""
+    return str(place)
+
+
+def _read_free(place: Path) -> int | None:
+    try:
+        usage = psutil.disk_usage(str(place))
+    except OSError:
+        return None
+    return usage.free if usage.total else None
 
 
 def _read_size(folder: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -11,6 +12,8 @@ from cli.monitor.watch import MOMENT_SECONDS, Watch
 
 WIDEST = 160
 """Columns of one picture."""
+DUMB = ("dumb", "unknown")
+"""What TERM says of a terminal that cannot move its cursor."""
 
 
 def monitor_command(named: list[str], *, once: bool, as_json: bool) -> bool:
@@ -21,7 +24,7 @@ def monitor_command(named: list[str], *, once: bool, as_json: bool) -> bool:
     """
     watch = Watch(named)
     try:
-        if as_json or once or not sys.stdout.isatty():
+        if as_json or once or not sys.stdout.isatty() or os.environ.get("TERM") in DUMB:
             time.sleep(MOMENT_SECONDS)
             _tell(watch.look(), as_json=as_json)
             return True

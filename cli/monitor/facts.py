@@ -43,6 +43,15 @@ class MemoryFacts:
 
 
 @dataclass(frozen=True)
+class GroupFacts:
+    """The control group that leaves a run, or the monitor where none is here, the least of the host's memory."""
+
+    path: str
+    memory: MemoryFacts
+    """Of it, and of the runs that are in it."""
+
+
+@dataclass(frozen=True)
 class SwapFacts:
     """The host's swap."""
 
@@ -68,8 +77,8 @@ class MachineFacts:
     processor_utilization: float | None
     """Share of all cores; None at the first look."""
     memory: MemoryFacts
-    group: MemoryFacts | None
-    """Of the control group that leaves the least; None where none sets a limit."""
+    groups: tuple[GroupFacts, ...]
+    """Each once; empty where none sets a limit."""
     swap: SwapFacts
     disks: tuple[DiskFacts, ...]
     gpus: tuple[CardFacts, ...]
@@ -112,7 +121,7 @@ class RunFacts:
     name: str
     folder: str
     state: str
-    """running, finished, stopped or died."""
+    """running, finished, stopped, died, or removed where its folder is gone."""
     process_id: int | None
     silent_seconds: float | None
     """Since it wrote last."""

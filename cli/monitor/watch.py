@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 
 from autotune.gauges import Gauge, Gauges
-from autotune.hardware import read_control_group_limits
+from autotune.hardware import GroupLimit, read_control_group_limits
+from autotune.plan import Plan
 from autotune.process import held_bytes
 from autotune.remaining import Left
 from cli.history import Checkpoint, History, Metrics, find_holder, find_runs
@@ -26,6 +27,7 @@ from cli.monitor.facts import (
     CheckpointFacts,
     DiskFacts,
     Glance,
+    GroupFacts,
     LeftFacts,
     MachineFacts,
     MemoryFacts,
@@ -49,7 +51,8 @@ ROUTINE = {
 """Events that are as they should be; any other is shown."""
 MOMENT_SECONDS = 0.2
 """Between two looks at the processor, at least: how busy it is is a difference."""
-KEPT = ("step", "loss", "tokens_per_second")
+KEPT = ("step", "loss", "tokens", "seconds")
+PROCESSES = Path("/proc")
 
 
 class Watched:
@@ -68,7 +71,7 @@ class Watched:
 
     @staticmethod
     def _blank() -> dict[str, Curve]:
-        return {name: Curve() for name in KEPT[1:]}
+        return {name: Curve() for name in ("loss", "tokens_per_second")}
 
     def look_slowly(self) -> None:
         """Look for checkpoints, and for processes that came or went."""
@@ -86,8 +89,8 @@ class Watched:
             self._notice, self._events_seen = None, 0
         columns = self.history.columns
         for i in range(self._drawn, len(columns["step"])):
-            for name, curve in self._curves.items():
-                curve.add(columns["step"][i], columns[name][i])
+            self._curves["loss"].add(columns["step"][i], columns["loss"][i])
+            self._curves["tokens_per_second"].add(columns["step"][i], columns["tokens"][i], columns["seconds"][i])
         self._drawn = len(columns["step"])
         for row in self.history.events[self._events_seen :]:
             if row["event"] not in ROUTINE:
@@ -111,7 +114,7 @@ class Watched:
         history, plan = self.history, self.history.plan
         last: Metrics = history.recent[-1] if history.recent else {}
         checked: Metrics = history.validations[-1] if history.validations else {}
-        state = history.state
+        state = "removed" if self._is_removed() else history.state
         memory = plan.memory if plan else None
         losses = [loss for row in history.validations if (loss := _number(row.get("loss"))) is not None]
         return RunFacts(
@@ -147,6 +150,13 @@ class Watched:
             tokens_per_second_curve=self._curves["tokens_per_second"].points(),
         )
 
+    def _is_removed(self) -> bool:
+        try:
+            self.folder.stat()
+        except OSError as error:
+            return isinstance(error, FileNotFoundError | NotADirectoryError)
+        return False
+
     def _written_at(self) -> float | None:
         for name in ("metrics.jsonl", "plan.json"):
             try:
@@ -154,6 +164,16 @@ class Watched:
             except OSError:
                 continue
         return None
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """Its processes, by number."""
+        return frozenset(process.pid for process in self.processes)
+
+    @property
+    def plan(self) -> Plan | None:
+        """Its plan, where it can be read."""
+        return self.history.plan
 
     def _own_rows(self) -> list[Metrics]:
         """Return the last rows that its process wrote, without its first, which warms up."""
@@ -165,19 +185,22 @@ class Watched:
         rows = [
             row for row in self._own_rows() if _number(row.get("seconds")) and _number(row.get("tokens")) is not None
         ]
-        return sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows) if rows else None
+        return _number(sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows)) if rows else None
 
     def _utilization(self) -> float | None:
         told = ((_number(row.get("model_flops_utilization")), _number(row.get("seconds"))) for row in self._own_rows())
         rows = [(share, seconds) for share, seconds in told if share is not None and seconds]
-        return sum(share * seconds for share, seconds in rows) / sum(seconds for _, seconds in rows) if rows else None
+        taken = sum(seconds for _, seconds in rows)
+        return _number(sum(share * seconds for share, seconds in rows) / taken) if rows else None
 
 
 class Watch:
     """The machine and the runs that were named, else those that run, else the newest. `look` as often as one likes."""
 
-    def __init__(self, named: list[str], nvml: Any = None, slow_seconds: float = SLOW_SECONDS) -> None:
-        self._slow_seconds = slow_seconds
+    def __init__(
+        self, named: list[str], nvml: Any = None, slow_seconds: float = SLOW_SECONDS, proc: Path = PROCESSES
+    ) -> None:
+        self._slow_seconds, self._proc = slow_seconds, proc
         self._named, self._gauges = find_runs(named) if named else [], Gauges(nvml)
         self._runs: dict[Path, Watched] = {}
         self._disks: tuple[DiskFacts, ...] = ()
@@ -220,12 +243,7 @@ class Watch:
 
     def _machine(self) -> MachineFacts:
         local = [watched for watched in self._runs.values() if watched.processes]
-        ids = [process.pid for watched in local for process in watched.processes]
-        of_runs = sum(held_bytes(process_id) for process_id in ids) if local else None
-        host_budget = min((w.history.plan.memory.host_budget_bytes for w in local if w.history.plan), default=None)
         memory, swap = psutil.virtual_memory(), psutil.swap_memory()
-        groups = [group for group in read_control_group_limits() if group.limit_bytes < memory.total]
-        tight = min(groups, key=lambda group: group.available_bytes, default=None)
         processor = psutil.cpu_percent() / 100 if time.monotonic() - self._began >= MOMENT_SECONDS else None
         gauges = self._gauges.read()
         known = frozenset(psutil.pids()) if gauges else frozenset[int]()
@@ -233,22 +251,50 @@ class Watch:
             name=self._host,
             cores=self._cores,
             processor_utilization=processor,
-            memory=MemoryFacts(memory.total, memory.available, of_runs, host_budget),
-            group=tight and MemoryFacts(tight.limit_bytes, tight.available_bytes, of_runs, host_budget),
+            memory=_memory(memory.total, memory.available, local),
+            groups=self._groups(local, memory.total),
             swap=SwapFacts(swap.total, swap.used),
             disks=self._disks,
-            gpus=tuple(_card(gauge, local, known) for gauge in gauges),
+            gpus=tuple(_card(gauge, local, known, alone=len(gauges) == 1) for gauge in gauges),
             gpu_note=self._gauges.note,
         )
 
+    def _groups(self, local: list[Watched], total: int) -> tuple[GroupFacts, ...]:
+        """Return the group that binds each run, once, with all the runs that it binds."""
+        found: dict[str, tuple[GroupLimit, list[Watched]]] = {}
+        for watched in local or (None,):
+            process = self._proc / (str(watched.processes[0].pid) if watched else "self")
+            limits = read_control_group_limits(process, seen_from=self._proc / "self")
+            binding = [limit for limit in limits if limit.limit_bytes < total]
+            if binding:
+                tight = min(binding, key=lambda limit: limit.available_bytes)
+                found.setdefault(tight.path, (tight, []))[1].extend([watched] if watched else [])
+        return tuple(
+            GroupFacts(path, _memory(limit.limit_bytes, limit.available_bytes, runs))
+            for path, (limit, runs) in found.items()
+        )
 
-def _card(gauge: Gauge, local: list[Watched], known: frozenset[int]) -> CardFacts:
-    """Divide what a card holds between the runs and others; the budget is the plan's of the run that is on it."""
-    trees = [(watched, frozenset(process.pid for process in watched.processes)) for watched in local]
-    held = gauge.held_by(frozenset().union(*(ids for _, ids in trees)), known)
+
+def _memory(total: int, available: int, runs: list[Watched]) -> MemoryFacts:
+    """Divide the host's memory, or a group's, between these runs and others; each process counts once."""
+    ids = frozenset[int]().union(*(watched.ids for watched in runs))
+    budget = min((watched.plan.memory.host_budget_bytes for watched in runs if watched.plan), default=None)
+    return MemoryFacts(total, available, sum(map(held_bytes, ids)) if runs else None, budget)
+
+
+def _card(gauge: Gauge, local: list[Watched], known: frozenset[int], *, alone: bool) -> CardFacts:
+    """Divide what a card holds between the runs and others; the budget is the plan's of the run that is on it.
+
+    Where it is not told who is on it, a run is on the card that is `alone`, and on none of several.
+    """
+    held = gauge.held_by(frozenset[int]().union(*(watched.ids for watched in local)), known)
     used = gauge.memory_used_bytes
-    on_it = [w.history.plan for w, ids in trees if gauge.held_by(ids, known) != 0 and w.history.plan]
-    budgets = [plan.memory.budget_bytes for plan in on_it if plan.hardware.device == "cuda"]
+    plans = [
+        watched.plan
+        for watched in local
+        if gauge.is_used_by(watched.ids) or (alone and gauge.held_by(watched.ids, known) is None)
+    ]
+    budgets = [plan.memory.budget_bytes for plan in plans if plan and plan.hardware.device == "cuda"]
     return CardFacts(
         name=gauge.name,
         shares_host_memory=gauge.shares_host_memory,

@@ -24,10 +24,13 @@ class Row(NamedTuple):
     source: str = ""
 
 
-def print_report(facts: Facts, findings: Sequence[Finding], mask: Callable[[str], str]) -> None:
-    """Print all that is known and all that follows, each text masked."""
+def print_report(
+    facts: Facts, findings: Sequence[Finding], mask: Callable[[str], str], width: int | None = None
+) -> None:
+    """Print all that is known and all that follows, each text masked; as wide as the terminal, where nothing else."""
     out.print(f"[bold]chatlm doctor[/], {facts.made}: this machine, where it is read, and what is wrong\n")
     table = Table.grid(padding=(0, 2))
+    table.width = width
     table.add_column(min_width=13, overflow="fold")
     table.add_column(overflow="fold")
     table.add_column(style="dim", overflow="fold", max_width=22)
@@ -37,15 +40,16 @@ def print_report(facts: Facts, findings: Sequence[Finding], mask: Callable[[str]
             table.add_row(f"  {row.name}", *(escape(mask(text)) for text in (row.text, row.source)))
         table.add_row()
     out.print(table)
-    _print_environment(facts, mask)
-    _print_findings(findings, mask)
+    _print_environment(facts, mask, width)
+    _print_findings(findings, mask, width)
     out.print("\nTo report a bug, paste all of this in the issue.")
     out.print("Secrets, the home folder and the names of user and host are masked.")
 
 
-def _print_environment(facts: Facts, mask: Callable[[str], str]) -> None:
+def _print_environment(facts: Facts, mask: Callable[[str], str], width: int | None) -> None:
     out.print("[bold]Environment[/]")
     table = Table.grid(padding=(0, 0, 0, 2), pad_edge=True)
+    table.width = width
     table.add_column(overflow="fold")
     for name, value in facts.environment.items():
         table.add_row(escape(mask(f"{name}={value}")))
@@ -55,11 +59,12 @@ def _print_environment(facts: Facts, mask: Callable[[str], str]) -> None:
     out.print()
 
 
-def _print_findings(findings: Sequence[Finding], mask: Callable[[str], str]) -> None:
+def _print_findings(findings: Sequence[Finding], mask: Callable[[str], str], width: int | None) -> None:
     problems = sum(finding.severity == "problem" for finding in findings)
     notes = f"{len(findings) - problems} worth knowing" if len(findings) > problems else "nothing else to know"
     out.print(f"[bold]Found: {count(problems, 'problem') if problems else 'no problem'}, {notes}[/]")
     table = Table.grid(padding=(0, 1))
+    table.width = width
     table.add_column(justify="right")
     table.add_column(overflow="fold")
     for number, finding in enumerate(findings, start=1):
@@ -155,7 +160,8 @@ def _host(facts: Facts) -> Iterator[Row]:
         yield Row(SHARED_MEMORY, f"{host.shared_memory_bytes / MIB:,.0f} MiB", sources["host.shared_memory_bytes"])
     for place in host.places:
         written = f"cannot be written: {place.refused}" if place.refused else "can be written"
-        text = f"{gib(place.free_bytes)} free, {written}: {place.path}"
+        free = "" if place.free_bytes is None else f"{gib(place.free_bytes)} free, "
+        text = f"{free}{written}: {place.path}"
         yield Row(place.what, text, sources["host.places"])
 
 

@@ -16,13 +16,23 @@ from cli.render.units import GIB, duration, fine_duration, gib, size
 
 LABEL = 9
 """Columns of the words at the left."""
-NUMBER = 9
-"""Columns of a number of the table of memory."""
+NUMBER = 10
+"""Columns of a number of the table of memory, with a blank before it."""
+LEAST_WIDTH = 40
+LEAST_BAR = 8
+SIZES = ("runs", "others", "free", "total")
+LESS_NEEDED = ("others", "total")
+"""Which of them go first where there is no room for all."""
+MOST_GIB = 10_000
+FAR_SECONDS = 300 * 86_400
+"""From now, from which on a day needs its year."""
+NUMBER_AT_END = re.compile(r"\(?[\d.,:]+ ?[A-Za-z/%]{0,4}$")
+"""With its unit, or a part of it."""
 ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)")
 PICTURE_CURVE, PICTURE_LOG = 4, 3
 """Lines of a picture that may be as high as it needs."""
 MOST_CURVE, MOST_LOG = 12, 10
-STATES = {"running": "good", "finished": "good", "stopped": "warn", "died": "bad"}
+STATES = {"running": "good", "finished": "good", "stopped": "warn", "died": "bad", "removed": "bad"}
 
 Span = tuple[str, str]
 """Text and its role: plain, title, dim, good, warn, bad, ours, others, mark. Words say all that a colour does."""
@@ -39,6 +49,13 @@ class Glyphs(NamedTuple):
     rule: str
     levels: str
     """Of a column of a curve, from a little to the whole of a cell."""
+
+
+class Columns(NamedTuple):
+    """Of the table of memory: how wide its bars are, and which sizes it has."""
+
+    bar: int
+    sizes: tuple[str, ...]
 
 
 BLOCKS = Glyphs("█", "▒", "░", "┃", "─", "▁▂▃▄▅▆▇█")
@@ -58,8 +75,10 @@ def plain(lines: list[Line]) -> str:
 def draw(glance: Glance, width: int, height: int | None, encoding: str, hint: str = "") -> list[Line]:
     """Draw all that is seen, so many columns wide; what height is left over goes to curves and logs.
 
-    Without a height it is a picture that takes what it needs. All of it can be printed in that encoding.
+    Without a height it is a picture that takes what it needs. All of it can be printed in that encoding. It is never
+    narrower than 40 columns.
     """
+    width = max(LEAST_WIDTH, width)
     glyphs = glyphs_for(encoding)
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(glance.at_seconds))
     gap = max(1, width - len("chatlm monitor   ") - len(when) - len(hint))
@@ -94,9 +113,16 @@ def _cropped(line: Line, width: int, encoding: str) -> Line:
     for words, role in line:
         printed = words if words.isascii() else words.encode(encoding, "replace").decode(encoding)
         cells = cell_len(printed)
-        kept.append((printed if cells <= width else set_cell_size(printed, width), role))
+        kept.append((printed if cells <= width else _cut(printed, width), role))
         width = max(0, width - cells)
     return kept
+
+
+def _cut(words: str, width: int) -> str:
+    """Cut to a width; of a number that would be cut, nothing stays."""
+    kept = set_cell_size(words, width)
+    inside = words.startswith(kept) and not words[len(kept) : len(kept) + 1].isspace()
+    return NUMBER_AT_END.sub("", kept) if inside else kept
 
 
 def _clean(text: str) -> str:
@@ -107,6 +133,8 @@ def _clean(text: str) -> str:
 def _heading(spans: Line, width: int, glyphs: Glyphs, right: Line | None = None) -> Line:
     right = right or []
     used = sum(cell_len(text) for text, _ in (*spans, *right))
+    if right and used + 2 > width:
+        return _heading(spans, width, glyphs)
     rule = glyphs.rule * max(0, width - used - 1 - bool(right))
     return [*spans, (f" {rule}" + " " * bool(right), "dim"), *right]
 
@@ -127,40 +155,45 @@ def _machine(machine: MachineFacts, width: int, glyphs: Glyphs) -> list[Line]:
         (glyphs.ours, "ours"), (" runs  ", "dim"), (glyphs.others, "others"), (" others  ", "dim"),
         (glyphs.mark, "mark"), (" budget", "dim"),
     ]  # fmt: skip
-    bar = _bar_width(width)
-    names = "".join(f"{name:>{NUMBER}}" for name in ("runs", "others", "free", "total"))
-    lines = [_heading(title, width, glyphs, legend), [(f"{'GiB':<{LABEL + bar + 2}}{names}", "dim")]]
+    columns = _layout(width)
+    heads = "".join(f"{name:>{NUMBER}}" for name in columns.sizes)
+    lines = [_heading(title, width, glyphs, legend), [(f"{'GiB':<{LABEL + columns.bar + 2}}{heads}", "dim")]]
     if not machine.gpus:
         note = f"none can be asked ({_clean(machine.gpu_note)})" if machine.gpu_note else "none found"
         lines.append([_label("GPU"), (note, "plain")])
     for index, card in enumerate(machine.gpus):
-        lines += _card(index, card, bar, glyphs)
-    lines.append(_host("RAM", machine.memory, bar, glyphs))
-    if machine.group:
-        lines.append(_host("cgroup", machine.group, bar, glyphs))
+        lines += _card(index, card, columns, glyphs)
+    lines.append(_host("RAM", machine.memory, columns, glyphs))
+    lines += [_host("cgroup", group.memory, columns, glyphs) for group in machine.groups]
     swap = machine.swap
     if swap.total_bytes:
         free = swap.total_bytes - swap.used_bytes
-        lines.append(_table("swap", (None, swap.used_bytes, free, swap.total_bytes), None, bar, glyphs))
+        lines.append(_table("swap", (None, swap.used_bytes, free, swap.total_bytes), None, columns, glyphs))
     else:
         lines.append([_label("swap"), ("none", "plain")])
     for disk in machine.disks:
         used = disk.total_bytes - disk.free_bytes
-        lines.append(_table("disk", (None, used, disk.free_bytes, disk.total_bytes), None, bar, glyphs))
+        lines.append(_table("disk", (None, used, disk.free_bytes, disk.total_bytes), None, columns, glyphs))
     return lines
 
 
-def _bar_width(width: int) -> int:
-    return max(8, width - LABEL - 2 - 4 * NUMBER)
+def _layout(width: int) -> Columns:
+    """Return what has room: each number whole, and a bar."""
+    room = (width - LABEL - LEAST_BAR - 2) // NUMBER
+    left_out = LESS_NEEDED[: max(0, len(SIZES) - room)]
+    sizes = tuple(name for name in SIZES if name not in left_out)
+    return Columns(width - LABEL - 2 - len(sizes) * NUMBER, sizes)
 
 
-def _host(label: str, memory: MemoryFacts, bar: int, glyphs: Glyphs) -> Line:
+def _host(label: str, memory: MemoryFacts, columns: Columns, glyphs: Glyphs) -> Line:
     ours = memory.of_runs_bytes
     others = max(0, memory.total_bytes - memory.available_bytes - (ours or 0))
-    return _table(label, (ours, others, memory.available_bytes, memory.total_bytes), memory.budget_bytes, bar, glyphs)
+    return _table(
+        label, (ours, others, memory.available_bytes, memory.total_bytes), memory.budget_bytes, columns, glyphs
+    )
 
 
-def _card(index: int, card: CardFacts, bar: int, glyphs: Glyphs) -> list[Line]:
+def _card(index: int, card: CardFacts, columns: Columns, glyphs: Glyphs) -> list[Line]:
     """Draw a card: its memory as a row of the table, then how it does."""
     label, total, used = f"GPU {index}", card.memory_total_bytes, card.memory_used_bytes
     if total is None or used is None:
@@ -169,7 +202,7 @@ def _card(index: int, card: CardFacts, bar: int, glyphs: Glyphs) -> list[Line]:
     else:
         ours, others = card.memory_of_runs_bytes, card.memory_of_others_bytes
         told = (ours, others, total - used, total)
-        first = _table(label, told, card.memory_budget_bytes, bar, glyphs, unknown=used if ours is None else 0)
+        first = _table(label, told, card.memory_budget_bytes, columns, glyphs, unknown=used if ours is None else 0)
     second: Line = [_label(""), ("   ".join(_readings(card)) or "tells nothing of load, heat and power", "plain")]
     if card.slowed_by:
         second.append((f"   slowed: {', '.join(card.slowed_by)}", "warn"))
@@ -195,14 +228,15 @@ def _table(
     label: str,
     told: tuple[int | None, int | None, int | None, int],
     budget: int | None,
-    bar: int,
+    columns: Columns,
     glyphs: Glyphs,
     unknown: int = 0,
 ) -> Line:
     """Draw a row of memory: a bar of what runs and others hold, with a mark at the budget, then the numbers."""
     ours, others, _, total = told
-    numbers = "".join(f"{_gib(value):>{NUMBER}}" for value in told)
-    drawn = _bar(ours or 0, (others or 0) + unknown, total, budget, bar, glyphs)
+    shown = (value for name, value in zip(SIZES, told, strict=True) if name in columns.sizes)
+    numbers = "".join(f" {_amount(value):>{NUMBER - 1}}" for value in shown)
+    drawn = _bar(ours or 0, (others or 0) + unknown, total, budget, columns.bar, glyphs)
     return [_label(label), *drawn, (f"  {numbers}", "plain")]
 
 
@@ -248,17 +282,18 @@ def _run(run: RunFacts, now: float, width: int, glyphs: Glyphs) -> list[Line]:
 
 
 def _state(run: RunFacts) -> Line:
-    silent = "" if run.silent_seconds is None else f"wrote last {fine_duration(run.silent_seconds)} ago"
-    words = {
-        "running": f"running, {silent}" if run.step else f"starting, no step yet, {silent}",
-        "finished": f"finished, {silent}",
-        "stopped": f"stopped, {silent}; it can go on with --resume",
-        "died": f"DIED, {silent}: no process holds it, and no end was written",
+    silent = [] if run.silent_seconds is None else [f"wrote last {fine_duration(run.silent_seconds)} ago"]
+    said = {
+        "running": ["running", *silent] if run.step else ["starting", "no step yet", *silent],
+        "finished": ["finished", *silent],
+        "stopped": ["stopped", *silent, "goes on with --resume"],
+        "died": ["DIED", *silent, "no process holds it and no end was written"],
+        "removed": ["REMOVED", "its folder is gone"],
     }[run.state]
     model = f"  model {_clean(run.model)}" if run.model else ""
     where = f" on {run.device}" if run.device and model else ""
     return [
-        (f"run {_clean(run.name)}", "title"), ("  ", "plain"), (words.rstrip(", "), STATES[run.state]),
+        (f"run {_clean(run.name)}", "title"), ("  ", "plain"), (", ".join(said), STATES[run.state]),
         (model + where, "dim"),
     ]  # fmt: skip
 
@@ -269,20 +304,37 @@ def _steps(run: RunFacts, width: int, glyphs: Glyphs) -> Line:
     epoch = "" if run.epoch is None else f"epoch {run.epoch:g}" + (f" of {run.epochs:g}" if run.epochs else "")
     if not total:
         return [_label("step"), (f"{words}   {epoch}", "plain")]
+    share = f"{run.step / total:4.0%}".replace("%", " %")
     bar = _bar(run.step, 0, max(total, run.step), None, _run_bar(width), glyphs)
-    return [_label("step"), *bar, (f"  {run.step / total:4.0%}".replace("%", " %") + f"  {words}  {epoch}", "plain")]
+    return _beside("step", bar, (f"{share}  {words}  {epoch}", "plain"), width)
 
 
 def _run_bar(width: int) -> int:
-    return max(8, width // 2 - LABEL)
+    return max(LEAST_BAR, width // 2 - LABEL)
+
+
+def _beside(label: str, bar: Line, said: Span, width: int) -> Line:
+    """Return words beside a bar, where there is room for both."""
+    if LABEL + sum(len(text) for text, _ in bar) + 2 + len(said[0].rstrip()) > width:
+        return [_label(label), (said[0].lstrip(), said[1])]
+    return [_label(label), *bar, ("  ", "plain"), said]
 
 
 def _left(run: RunFacts, now: float) -> Line:
     assert run.left is not None
     left = run.left
-    clock = time.strftime("%H:%M" if left.seconds < 43_200 else "%d %b %H:%M", time.localtime(now + left.seconds))
     said = f"{fine_duration(left.seconds)}  ({fine_duration(left.low_seconds)} to {fine_duration(left.high_seconds)})"
-    return [_label("ETA"), (f"{said}, done at about {clock}", "plain")]
+    clock = _clock(now, left.seconds)
+    return [_label("ETA"), (said + f", done at about {clock}" * bool(clock), "plain")]
+
+
+def _clock(now: float, seconds: float) -> str:
+    """Return when so many seconds are over; empty where no calendar goes so far."""
+    how = "%H:%M" if seconds < 43_200 else "%d %b %H:%M" if seconds < FAR_SECONDS else "%d %b %Y"
+    try:
+        return time.strftime(how, time.localtime(now + seconds))
+    except (OverflowError, OSError, ValueError):
+        return ""
 
 
 def _losses(run: RunFacts) -> Line:
@@ -314,18 +366,26 @@ def _peak(run: RunFacts, width: int, glyphs: Glyphs) -> Line:
         return [_label("peak"), (f"{gib(peak)}; no plan of it can be read", "plain")]
     bar = _bar(peak or 0, 0, max(budget, peak or 0), budget, _run_bar(width), glyphs)
     over = peak is not None and peak > budget
-    words = f"  {_gib(peak)} GiB {'OVER' if over else 'of'} budget {_gib(budget)}, planned {_gib(planned)}"
-    return [_label("peak"), *bar, (words, "bad" if over else "plain")]
+    words = f"{_gib(peak)} GiB {'OVER' if over else 'of'} budget {_gib(budget)}, planned {_gib(planned)}"
+    return _beside("peak", bar, (words, "bad" if over else "plain"), width)
 
 
 def _gib(held: int | None) -> str:
     return "-" if held is None else f"{held / GIB:.2f}"
 
 
+def _amount(held: int | None) -> str:
+    """Render bytes for the table, as GiB; what has no room so as TiB."""
+    if held is None or held < MOST_GIB * GIB:
+        return _gib(held)
+    tib = held / (1024 * GIB)
+    return f"{tib:.{2 if tib < 100 else 1 if tib < 1000 else 0}f} TiB"
+
+
 def _saved(run: RunFacts, width: int) -> Line:
     """Say which checkpoints there are, as many as have room; the newest first."""
     if not run.checkpoints:
-        return [_label("saved"), ("no checkpoint yet", "plain")]
+        return [_label("saved"), ("no checkpoint" + " yet" * (run.state == "running"), "plain")]
     words = ""
     for found in run.checkpoints:
         said = f"step {found.step:,} {size(found.held_bytes)} {duration(found.age_seconds)} ago"
@@ -363,13 +423,20 @@ def _curve(
     empty = height * steps
     shades = " " * (empty + 1) + glyphs.levels + glyphs.levels[-1] * empty
     heading = f"{name}, to step {points[-1].step:,}"
-    lines: list[Line] = [[(f"{'':<{LABEL}}{heading:<{width - LABEL}}"[:width], "dim")]]
+    heading = heading if len(heading) <= width - LABEL else name
+    lines: list[Line] = [[(f"{'':<{LABEL}}{heading:<{width - LABEL}}", "dim")]]
     for row in range(height):
         base = (height - 1 - row) * steps - empty
         cells = "".join([shades[level - base] for level in tall])
-        mark = format(high, how) if row == 0 else format(low, how) if row == height - 1 else ""
-        lines.append([(f"{mark:>{LABEL - 1}} "[:LABEL], "dim"), (cells, "ours")])
+        mark = _mark(high, how) if row == 0 else _mark(low, how) if row == height - 1 else ""
+        lines.append([(f"{mark:>{LABEL - 1}} ", "dim"), (cells, "ours")])
     return lines
+
+
+def _mark(value: float, how: str) -> str:
+    """Render a number so that it has room on the left of a curve."""
+    said = format(value, how)
+    return said if len(said) < LABEL else f"{value:.2g}"
 
 
 def _columns(values: list[float], width: int) -> list[float]:

@@ -96,4 +96,4 @@ class LiveScreen(App[None]):
         self.glance = self._watch.look()
         room = self.board.size
         hint = "arrows scroll, q quits"
-        self.board.show(draw(self.glance, max(40, room.width), room.height, self._encoding, hint))
+        self.board.show(draw(self.glance, room.width, room.height, self._encoding, hint))
