@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from micro import Command, make_home
-from tiers import some
+from tiers import FULL, some
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -140,6 +142,22 @@ def test_a_run_in_which_nothing_is_wrong_passes_all_checks_and_leaves_nothing(ho
     assert (code, failed) == (0, []), told
     assert "the same, to the last bit" in told
     assert "Train it:" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not FULL, reason="in the full tier")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_rehearsal_that_is_ended_leaves_nothing(number: int, home: Path, tmp_path: Path) -> None:
+    command = Command(tmp_path, home)
+    arguments = command.arguments("train", "--rehearse", "--model", "tiny", "--output-dir", "run")
+    with subprocess.Popen(arguments, cwd=tmp_path, env=command.environment, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 120
+        while not (tmp_path / "run" / ".rehearsal" / "first" / "metrics.jsonl").exists():
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(60) == (130 if number == signal.SIGINT else 128 + number)
     assert list(tmp_path.iterdir()) == []
 
 
