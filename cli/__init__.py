@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import typer
 
 from cli.entries import data, looking, models, training
@@ -24,7 +27,10 @@ for room in (training, data, models, looking):
 
 
 def app() -> None:
-    """Run the command line."""
+    """Run the command line; a console that lacks a letter is shown its number."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     chatlm()
 
 

@@ -9,6 +9,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from autotune.batching import STARTING_TOKENS, balanced_cuts, largest_share
 from autotune.errands import Preprocess, Preprocessed, Recipe, Saving
 from autotune.errors import ConfigurationError
@@ -221,10 +223,11 @@ def read_plan(file: str) -> Plan:
         raise ConfigurationError(f"{file}: {error}", "make one: chatlm plan --json > plan.json") from None
     try:
         return Plan.from_json(text)
-    except ValueError as error:
-        first = str(error).splitlines()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
         raise ConfigurationError(
-            f"{file}: not a plan of chatlm.plan/1: {' '.join(first[1:3]).strip()}",
+            f"{file}: not a plan of chatlm.plan/1: {place}{first['msg']}",
             "make one: chatlm plan --json > plan.json",
         ) from None
 

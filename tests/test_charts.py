@@ -13,7 +13,19 @@ from hypothesis import strategies as st
 
 from cli.render.plot import COLUMNS, draw, print_curves
 from cli.report.bars import Bar, Bars, bars, histogram
-from cli.report.charts import MOST_POINTS, Axis, Rule, Series, chart, round_ticks, smooth, thin, tick_labels
+from cli.report.charts import (
+    MOST_POINTS,
+    Axis,
+    Rule,
+    Series,
+    chart,
+    round_ticks,
+    smooth,
+    smooth_rate,
+    thin,
+    tick_labels,
+)
+from cli.report.curves import loss_axis
 from cli.report.page import Section, page, quoted, table
 from cli.report.text import TURNING, escaped
 
@@ -111,6 +123,52 @@ def test_smoothing_stays_between_the_points_and_leaves_gaps_out(values: list[flo
         assert math.isnan(y) or min(finite) - near <= y <= max(finite) + near
 
 
+def test_smoothing_loses_no_digit_beside_one_huge_value() -> None:
+    points = [(float(i), 1e200 if i == 20 else 2.0) for i in range(50)]
+    smoothed = smooth(points, 4)
+    assert [y for x, y in smoothed if abs(x - 20) > 2] == [2.0] * 45
+    assert [y for x, y in smoothed if abs(x - 20) <= 2] == [1e200 / 5] * 5
+
+
+def test_a_smoothed_rate_is_what_all_of_the_window_comes_to() -> None:
+    tokens, seconds = [100.0, 100.0, 100.0, NAN, 100.0], [1.0, 0.001, 3.0, 1.0, NAN]
+    found = [y for _, y in smooth_rate([1, 2, 3, 4, 5], tokens, seconds, 3)]
+    assert found[:4] == pytest.approx([200 / 1.001, 300 / 4.001, 200 / 3.001, 100 / 3.0])
+    assert math.isnan(found[4])
+
+
+@pytest.mark.parametrize(
+    ("values", "log", "said"),
+    [
+        ([8.0, 4.0, 3.0, 2.0], False, ""),
+        ([8.0, 4.0, 1e6, 2.0], False, "1 value above the chart, drawn on its edge: up to 1,000,000."),
+        ([3.0] * 60 + [1e6] * 20, True, "On a logarithmic scale."),
+        ([0.0] * 60 + [1e6] * 20, False, ""),
+        ([NAN], False, ""),
+    ],
+)
+def test_a_loss_that_leaps_leaves_the_rest_to_be_seen(values: list[float], log: bool, said: str) -> None:
+    axis, told = loss_axis(values)
+    assert (axis.log, told) == (log, said)
+    assert axis.most == (10.0 if "edge" in said else math.inf), "a quarter above the largest of the others"
+
+
+def test_what_is_above_a_chart_is_drawn_on_its_edge() -> None:
+    points = [(0.0, 1.0), (1.0, 1e9), (2.0, 2.0)]
+    drawn = chart("Loss", Axis("step"), Axis("loss", most=2.5), [Series("loss", points, "c0", "circle")])
+    labels = re.findall(r'text-anchor="end">([\d.,]+)</text>', drawn)
+    assert max(float(label.replace(",", "")) for label in labels) <= 3
+    heights = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', drawn)[:3]]
+    assert 24 <= heights[1] < heights[2] < heights[0]
+    assert "loss: 1,000,000,000 loss at 1 step" in drawn, "its mark tells what it is"
+
+
+def test_a_long_line_has_the_marks_that_it_was_given() -> None:
+    points = [(float(i), 1.0) for i in range(100)]
+    drawn = chart("Loss", Axis("step"), Axis("loss"), [Series("a", points, "c0", "circle", marks=12)])
+    assert drawn.count('class="mark solid c0"') == 2 * 12
+
+
 def lines_of(drawn: str) -> list[str]:
     return re.findall(r'<path class="line c0" d="([^"]*)"', drawn)
 
@@ -164,6 +222,19 @@ def test_bars_are_as_long_as_what_they_stand_for() -> None:
     drawn = bars("Peak", Bars("GiB", [Bar("a", 0, 1, "1 GiB"), Bar("b", 1, 3, "2 GiB")]))
     first, second = (float(w) for w in re.findall(r'class="bar c0" x="[\d.]+" y="\d+" width="([\d.]+)"', drawn)[:2])
     assert second == pytest.approx(2 * first, abs=0.2)
+
+
+def test_a_histogram_has_its_columns_where_their_values_are() -> None:
+    drawn = histogram("Lengths", "tokens", "samples", [(1, 10, 4), (11, 20, 2)])
+    found = re.findall(r'<rect class="bar c0" x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', drawn)[:2]
+    (x, y, width, height), (x2, y2, width2, height2) = (tuple(map(float, bar)) for bar in found)
+    axis = re.search(r'class="axis" x1="([\d.]+)" x2="([\d.]+)" y1="(\d+)"', drawn)
+    assert axis
+    left, right, bottom = map(float, axis.groups())
+    half = (right - left) / 2
+    assert (x, width, x2, width2) == pytest.approx((left + 0.5, half - 1, left + half + 0.5, half - 1), abs=0.11)
+    assert (y + height, y2 + height2) == pytest.approx((bottom, bottom), abs=0.11)
+    assert height == pytest.approx(2 * height2, abs=0.11)
 
 
 @given(st.lists(st.text(max_size=9) | st.sampled_from(HOSTILE), max_size=4).map("".join))

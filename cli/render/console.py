@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -55,6 +56,10 @@ def _quoted(word: str) -> str:
 
 
 def print_json(text: str) -> None:
-    """Give the result as data, untouched by any rendering."""
+    """Give the result as data, untouched by any rendering; letters that stdout lacks as JSON escapes them."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = "".join(c if c.isascii() else json.dumps(c)[1:-1] for c in text)
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

@@ -60,7 +60,7 @@ def plan_rows(plan: Plan, data: DataSummary | None, profile: str | None) -> list
         ),
         (
             "Machine",
-            f"{machine.device_name}, {gib(machine.device_memory_free_bytes)} free, {machine.cores} cores",
+            f"{machine.device_name}, {gib(machine.device_memory_free_bytes)} free, {count(machine.cores, 'core')}",
         ),
     ]
     if machine.others:

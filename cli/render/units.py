@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 GIB = 2**30
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
 
@@ -37,7 +39,9 @@ def count(number: int, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Render a time as people say it: 42 s, 3 min, 2 h 10 min, 4 d 3 h."""
+    """Render a time as people say it: 42 s, 3 min, 2 h 10 min, 4 d 3 h; - where it is no number."""
+    if not math.isfinite(seconds):
+        return "-"
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from autotune.disk import write_whole
-from autotune.errors import ConfigurationError
-from cli.history import History, find_runs
+from autotune.errors import ConfigurationError, MachineError
+from cli.history import History, find_runs, is_run
 from cli.render.console import tell
 from cli.render.units import size
 from cli.report import plan, run, several
@@ -17,38 +18,54 @@ from cli.report.page import MARKER, page
 from cli.report.told import Told
 from cli.wiring import read_plan
 
+ANOTHER = "give another --output FILE"
 HEAD_BYTES = 4096
 """Of a page: its marker stands there."""
 
 
 def report_command(named: Sequence[str], output: str) -> None:
-    """Write the page about runs or a plan, and say where. Raises ConfigurationError for what is neither."""
-    target = Path(output)
+    """Write the page about runs or a plan, and say where. Raises ConfigurationError for what is neither.
+
+    Raises MachineError where the page cannot be written.
+    """
+    if output == "-":
+        raise ConfigurationError("a page goes to a file, and - is none", "give --output FILE.html")
+    # Where a link leads: what is written takes the place of what has the name.
+    target = Path(os.path.realpath(output))
     _check_place(target)
     text = _page_of(named)
-    write_whole(target, text)
-    tell(f"report: {target} ({size(len(text.encode()))})")
+    try:
+        write_whole(target, text)
+    except OSError as error:
+        raise MachineError(f"{output} cannot be written: {error.strerror}", ANOTHER) from error
+    tell(f"report: {Path(output)} ({size(len(text.encode()))})")
 
 
 def _check_place(target: Path) -> None:
     """Raise ConfigurationError where the page cannot be put, or would be written over what is none of ours."""
     if not target.parent.is_dir():
-        raise ConfigurationError(f"{target.parent}: no such folder", "make it, or give another --output FILE")
+        raise ConfigurationError(f"{target.parent}: no such folder", f"make it, or {ANOTHER}")
     if not target.exists():
         return
     if not target.is_file():
-        raise ConfigurationError(f"{target} is no file", "give another --output FILE")
+        raise ConfigurationError(f"{target} is no file", ANOTHER)
     with target.open("rb") as file:
         if MARKER.encode() not in file.read(HEAD_BYTES):
-            raise ConfigurationError(
-                f"{target} is there, and is no report of chatlm: it is left as it is", "give another --output FILE"
-            )
+            raise ConfigurationError(f"{target} is there, and is no report of chatlm: it is left as it is", ANOTHER)
 
 
 def _page_of(named: Sequence[str]) -> str:
     if len(named) == 1 and Path(named[0]).is_file():
-        return _plan_page(named[0])
+        return _plan_page(Path(named[0]))
+    for name in named:
+        if Path(name).is_file():
+            raise ConfigurationError(f"{name} is a file: side by side stand runs", "give their folders, or one plan")
     folders = find_runs(list(named))
+    if len(folders) > len(several.LOOKS):
+        raise ConfigurationError(
+            f"{len(folders)} runs are more than the {len(several.LOOKS)} that a chart can tell apart",
+            "make several reports",
+        )
     histories = [History(folder) for folder in folders]
     names = [history.name for history in histories]
     runs = [
@@ -58,8 +75,10 @@ def _page_of(named: Sequence[str]) -> str:
     return _run_page(runs[0]) if len(runs) == 1 else _several_page(runs)
 
 
-def _plan_page(file: str) -> str:
-    made = read_plan(file)
+def _plan_page(file: Path) -> str:
+    if file.name != "plan.json" and is_run(file.parent):
+        raise ConfigurationError(f"{file} is a part of a run", f"give its folder: chatlm report {file.parent}")
+    made = read_plan(str(file))
     return page(plan.plan_title(made), plan.plan_lead(made), plan.plan_facts(made), [plan.plan_section(made)])
 
 

@@ -57,6 +57,8 @@ class Axis:
     """Where its ticks stand; else at round numbers."""
     covers: tuple[float, ...] = ()
     """Values that it reaches in any case."""
+    most: float = math.inf
+    """Where it ends: what is above is drawn on its edge."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Series:
     mark: str = ""
     """Shape at each point: circle, ring, square, diamond, triangle, cross. Empty for none."""
     line: bool = True
+    marks: int = 0
+    """So many marks at most, evenly along the line; 0 for one at each point."""
 
 
 @dataclass(frozen=True)
@@ -153,17 +157,45 @@ def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 
 def smooth(points: Sequence[Point], width: int) -> list[Point]:
     """Return the mean of so many points around each, gaps left out; a gap where all are."""
-    sums, counts = [0.0], [0]
-    for _, y in points:
-        finite = math.isfinite(y)
-        sums.append(sums[-1] + (y if finite else 0.0))
-        counts.append(counts[-1] + finite)
-    found = []
-    for i, (x, _) in enumerate(points):
-        low, high = max(0, i - width // 2), min(len(points), i + width // 2 + 1)
-        count = counts[high] - counts[low]
-        found.append((x, (sums[high] - sums[low]) / count if count else math.nan))
-    return found
+    return smooth_rate([x for x, _ in points], [y for _, y in points], [1.0] * len(points), width)
+
+
+def smooth_rate(at: Sequence[float], amounts: Sequence[float], per: Sequence[float], width: int) -> list[Point]:
+    """Return what so many amounts around each come to, over what all of them were taken in: a mean of rates is none.
+
+    Where one of the two is no number, both are left out; a gap where nothing is left.
+    """
+    known = [math.isfinite(amount) and 0 <= taken < math.inf for amount, taken in zip(amounts, per, strict=True)]
+    above, below = (
+        _sums_around([value if is_known else 0.0 for value, is_known in zip(values, known, strict=True)], width // 2)
+        for values in (amounts, per)
+    )
+    return [(x, a / b if b else math.nan) for x, a, b in zip(at, above, below, strict=True)]
+
+
+def _sums_around(values: Sequence[float], reach: int) -> list[float]:
+    """Return the sum of the values up to so far before and after each.
+
+    Only adds, in blocks that a window touches two of at most: beside one huge value, a difference of long sums has no
+    digits left for the others.
+    """
+    block, last = 2 * reach + 1, len(values) - 1
+    heads, tails = list(values), list(values)
+    """Of each block, the sums from its beginning on, and up to its end."""
+    for i in range(1, len(values)):
+        if i % block:
+            heads[i] += heads[i - 1]
+    for i in range(last - 1, -1, -1):
+        if (i + 1) % block:
+            tails[i] += tails[i + 1]
+    sums = []
+    for i in range(len(values)):
+        low, high = max(0, i - reach), min(last, i + reach)
+        if low % block == 0:
+            sums.append(heads[high])
+        else:
+            sums.append(tails[low] + (heads[high] if high // block > low // block else 0.0))
+    return sums
 
 
 def chart(label: str, x: Axis, y: Axis, series: Sequence[Series], rules: Sequence[Rule] = ()) -> str:
@@ -176,7 +208,7 @@ def chart(label: str, x: Axis, y: Axis, series: Sequence[Series], rules: Sequenc
     if not kept:
         return EMPTY
     series = [one for one, _ in kept]
-    top = max(p[1] for one in series for p in one.points if _is_drawn(p, x, y))
+    top = min(y.most, max(p[1] for one in series for p in one.points if _is_drawn(p, x, y)))
     near = [rule for rule in rules if rule.upright or rule.at <= FAR * top]
     frame = _Frame(x, y, series, [whole for _, whole in kept], near)
     drawings = [svg(label, shape, frame.draw(shape)) for shape in SHAPES]
@@ -201,7 +233,7 @@ class _Frame:
 
     def draw(self, shape: Shape) -> str:
         xs = [*self.x.covers, *(r.at for r in self.rules if r.upright), *self._values(0)]
-        ys = [*self.y.covers, *(r.at for r in self.rules if not r.upright), *self._values(1)]
+        ys = [*self.y.covers, *(r.at for r in self.rules if not r.upright), *map(self._height, self._values(1))]
         y_ticks = _ticks(self.y, min(ys), max(ys), shape.y_ticks)
         y_labels = tick_labels(y_ticks) if not self.y.log else [_short(tick) for tick in y_ticks]
         left = max(map(len, y_labels)) * DIGIT + 12
@@ -218,6 +250,10 @@ class _Frame:
         ]
         return "".join(parts)
 
+    def _height(self, value: float) -> float:
+        """Return where a value is drawn, in values."""
+        return min(value, self.y.most)
+
     def _values(self, side: int) -> Iterable[float]:
         return [p[side] for one in self.series for p in one.points if _is_drawn(p, self.x, self.y)]
 
@@ -227,7 +263,7 @@ class _Frame:
             if not _is_drawn(point, self.x, self.y):
                 broken = True
                 continue
-            at = f"{across(point[0]):.1f} {up(point[1]):.1f}"
+            at = f"{across(point[0]):.1f} {up(self._height(point[1])):.1f}"
             # A line of no length: its round end shows a point that stands alone.
             words.append(f"M{at}h0" if broken else f"L{at}")
             broken = False
@@ -235,10 +271,10 @@ class _Frame:
 
     def _marks(self, one: Series, across: Scale, up: Scale) -> str:
         marks = []
-        for point in one.points:
-            if _is_drawn(point, self.x, self.y):
-                said = f"{one.name}: {number(point[1])} {self.y.title} at {number(point[0])} {self.x.title}"
-                marks.append(mark(one.mark, across(point[0]), up(point[1]), one.look, said))
+        points = [point for point in one.points if _is_drawn(point, self.x, self.y)]
+        for x, y in points[:: -(-len(points) // one.marks) if one.marks and points else 1]:
+            said = f"{one.name}: {number(y)} {self.y.title} at {number(x)} {self.x.title}"
+            marks.append(mark(one.mark, across(x), up(self._height(y)), one.look, said))
         return "".join(marks)
 
     def _hits(self, across: Scale, shape: Shape) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from cli.history import History, Metrics
 from cli.progress import EVENTS, validation_line, verified_line
 from cli.render.units import count, duration, number, size
+from cli.report.measures import as_number
 from cli.report.page import Section, details, paragraph, table
 
 ROUTINE = ("checkpoint", "validation", "sampled")
@@ -45,7 +46,7 @@ def course(history: History) -> Course:
         while at < len(others) and others[at]["step"] < until:
             row = others[at]
             total += _seconds(row)
-            happened.append(Happened(int(row["step"]), total, row.get("event", "validation"), row))
+            happened.append(Happened(int(row["step"]), total, _kind(row), row))
             at += 1
 
     for step, taken in zip(history.columns["step"], history.columns["seconds"], strict=True):
@@ -56,15 +57,20 @@ def course(history: History) -> Course:
     return Course(seconds, happened)
 
 
+def _kind(row: Metrics) -> str:
+    kind = row.get("event", "validation")
+    return kind if isinstance(kind, str) else "validation"
+
+
 def _seconds(row: Metrics) -> float:
-    taken = row.get("seconds")
-    return float(taken) if isinstance(taken, int | float) and taken >= 0 else 0.0
+    taken = as_number(row.get("seconds"))
+    return taken if taken >= 0 else 0.0  # nan is not
 
 
 def told(row: Metrics) -> str:
     """Say in words what happened; by its name alone what does not tell all that it should."""
-    kind: str = row.get("event", "validation")
-    with suppress(KeyError, TypeError, ValueError, AttributeError):
+    kind = _kind(row)
+    with suppress(LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         said = _told(kind, row)
         if said:
             return _without_step(said, row["step"])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from cli.render.units import number
-from cli.report.charts import Point
+from cli.report.charts import HUGE, Point
 
 
 def unit_of_bytes(largest: float) -> tuple[str, float]:
@@ -32,9 +32,21 @@ def percent(share: float) -> str:
     return "under 1 %" if 0 < share < 0.01 else f"{100 * share:.0f} %"
 
 
-def loss(value: float) -> str:
+def as_number(value: object) -> float:
+    """Return a value of a row; nan for what is no number, or none that can be counted with."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < HUGE:
+        return float(value)
+    return math.nan
+
+
+def figure_of(value: float, how: str, unit: str = "") -> str:
+    """Render a number, with its unit; - where there is none."""
+    return format(value, how) + unit if math.isfinite(value) else "-"
+
+
+def loss(value: float, how: str = ".4f") -> str:
     """Render a loss, which may have overflowed."""
-    return number(value if math.isfinite(value) else None, ".4f")
+    return number(value if math.isfinite(value) else None, how)
 
 
 def difference(real: float, planned: float) -> str:

@@ -178,8 +178,8 @@ details { margin: 1rem 0; } summary { cursor: pointer; color: var(--soft); }
 details[open] > summary { margin-bottom: .5rem; }
 .quoted { white-space: pre-wrap; max-width: 90ch; }
 .prompt { border-left: 3px solid var(--line); padding-left: 12px; margin: 1.5rem 0 .5rem; font-weight: 600; }
-.answers { display: grid; grid-template-columns: max-content 1fr; gap: 6px 18px; font-size: .9375rem; }
-.answers > span { color: var(--soft); white-space: nowrap; }
+.answers { display: grid; grid-template-columns: fit-content(24ch) minmax(0, 1fr); gap: 6px 18px; font-size: .9375rem; }
+.answers > span { color: var(--soft); }
 .reference { color: var(--soft); }
 .empty { color: var(--soft); font-size: .875rem; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .8125rem; }

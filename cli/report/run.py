@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from cli.history import Metrics, RunData
 from cli.render.data import data_line, histogram_bars, sides
 from cli.render.units import count, duration, gib
 from cli.report.bars import Bar, Bars, bars, histogram
-from cli.report.measures import difference, loss
+from cli.report.measures import difference, figure_of, loss
 from cli.report.page import Section, details, figure, figures, pairs, paragraph, quoted, table
 from cli.report.plan import planned_peak
 from cli.report.text import shortened
@@ -52,10 +53,10 @@ def _trained(run: Told) -> str:
         return "The folder has no plan that can be read."
     work, cast = plan.workload, plan.forecast
     what = "Fine-tuning" if work.stage == "sft" else "Pretraining"
-    amount = f", {count(cast.rows, 'sample')}, {count_of(cast.epochs, 'epoch')}" if cast else ""
+    amount = f", {count(cast.rows, 'sample')}, {_epochs(values.get('epochs', ''), cast.epochs)}" if cast else ""
     return (
         f"{what} of {work.model} ({work.parameters / 1e6:.1f} M parameters, {work.precision}) on "
-        f"{_files(values.get('data', '[]'))}{amount}; {_batch(plan)}."
+        f"{_files(values.get('data', ''))}{amount}; {_batch(plan)}."
     )
 
 
@@ -67,6 +68,14 @@ def _batch(plan: Plan) -> str:
     )
 
 
+def _epochs(value: str, planned: float) -> str:
+    """Name the epochs that the run was given last: it may have gone on with more than its plan was asked for."""
+    with suppress(ValueError):
+        if math.isfinite(epochs := float(value)):
+            return count_of(epochs, "epoch")
+    return count_of(planned, "epoch")
+
+
 def count_of(number: float, noun: str) -> str:
     """Render a number of things that need not be whole: 1.5 epochs."""
     return f"{number:g} {noun}" + "s" * (number != 1)
@@ -74,11 +83,15 @@ def count_of(number: float, noun: str) -> str:
 
 def _files(value: str) -> str:
     """Name data files by what their folders hold."""
-    with suppress(ValueError):
-        names = [Path(name).name for name in json.loads(value)]
-        if names:
-            return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return "the demo data"
+    files = None
+    with suppress(ValueError, RecursionError):
+        files = json.loads(value)
+    if files == []:
+        return "the demo data"
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        return "data that its configuration does not name"
+    names = [Path(file).name for file in files]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _ended(run: Told) -> str:
@@ -88,9 +101,8 @@ def _ended(run: Told) -> str:
     if run.losses is None:
         return f"{state}; no step was taken yet."
     first, last = run.losses
-    said = (
-        f"{state} after {history.steps:,}{of_all} steps in {duration(run.seconds)}: loss {loss(first)} to {loss(last)}"
-    )
+    taken = f" in {duration(run.seconds)}" if run.seconds else ""
+    said = f"{state} after {history.steps:,}{of_all} steps{taken}: loss {loss(first)} to {loss(last)}"
     if run.best is not None:
         before = next(y for _, y in run.validation())
         said += f"; on held-out data {loss(before)} to {loss(run.validation()[-1][1])}"
@@ -103,15 +115,25 @@ def _truth(run: Told) -> str:
     if plan is None or run.losses is None:
         return ""
     peak, held = planned_peak(plan), round(run.peak_bytes)
-    said = [f"a peak of at most {gib(peak)}, really {gib(held)} ({difference(held, peak)})"]
-    speed, seconds = run.planned_tokens_per_second, run.planned_seconds
-    if speed and seconds:
-        real = run.tokens_per_second
+    said = [f"a peak of at most {gib(peak)}, really {gib(held)} ({difference(held, peak)})"] if peak and held else []
+    speed, real, seconds = run.planned_tokens_per_second, run.tokens_per_second, run.planned_seconds
+    if speed and math.isfinite(real):
         said.append(f"{speed:,.0f} tokens/s, really {real:,.0f} ({difference(real, speed)})")
+    if seconds and run.seconds:
         said.append(f"{duration(seconds)}, really {duration(run.seconds)} ({difference(run.seconds, seconds)})")
-    answers = run.generation_seconds
-    told = f", of which {duration(answers)} went into answers" if seconds and answers >= 1 else ""
-    return f"The plan said {'; '.join(said)}{told}."
+        answers = run.generation_seconds
+        said[-1] += f", of which {duration(answers)} went into answers" if answers >= 1 else ""
+    return f"The plan said {'; '.join(said)}." + _extended(run) if said else _extended(run).strip()
+
+
+def _extended(run: Told) -> str:
+    """Say that a plan is of fewer steps than the run: it went on with more than the plan was asked for."""
+    if run.forecast is None or not run.was_extended:
+        return ""
+    return (
+        f" The plan is of {run.forecast.asked_steps:,} steps, the run has {run.steps_in_all:,}: "
+        "its time is held against that of as many at the plan's pace."
+    )
 
 
 def run_facts(run: Told) -> list[tuple[str, str]]:
@@ -119,13 +141,13 @@ def run_facts(run: Told) -> list[tuple[str, str]]:
     if run.losses is None:
         return []
     plan, best = run.history.plan, run.best
-    facts = [("Loss", f"{run.losses[0]:.3f} → {run.losses[1]:.3f}")]
+    facts = [("Loss", " → ".join(loss(value, ".3f") for value in run.losses))]
     if best is not None:
-        facts.append(("Best held-out loss", f"{best[1]:.3f}"))
-    facts += [("Steps", f"{run.history.steps:,}"), ("Time", duration(run.seconds))]
-    facts.append(("Speed", f"{run.tokens_per_second:,.0f} tokens/s"))
+        facts.append(("Best held-out loss", loss(best[1], ".3f")))
+    facts += [("Steps", f"{run.history.steps:,}"), ("Time", duration(run.seconds or math.nan))]
+    facts.append(("Speed", figure_of(run.tokens_per_second, ",.0f", " tokens/s")))
     of = f", of {gib(plan.memory.budget_bytes)}" if plan else ""
-    return [*facts, (f"Peak{of}", gib(round(run.peak_bytes)))]
+    return [*facts, (f"Peak{of}", gib(round(run.peak_bytes) or None))]
 
 
 def data_section(run: Told) -> Section:
