@@ -21,7 +21,7 @@ settings.load_profile("chatlm")
 
 COVERED = {
     *("account", "alternatives", "batching", "bottleneck", "choices", "estimate", "evidence", "forecast", "inputs"),
-    *("layout", "levers", "microbatch", "plan", "planner", "progress", "search"),
+    *("layout", "levers", "microbatch", "plan", "planner", "progress", "remaining", "search", "shapes", "speed"),
 }
 """The tests that have to reach every branch of the pure files. All others take twice as long while that is watched."""
 

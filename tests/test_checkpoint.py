@@ -62,7 +62,7 @@ def saved(folder: Path, *steps: int, best: int | None = None, keep_last: int = 9
 @pytest.mark.parametrize("family", ["llama", "t5", "bart"])
 def test_what_is_restored_is_what_was_saved_to_the_bit(family: str, optimizer: str, tmp_path: Path) -> None:
     before, after = new_state(family, optimizer, seed=1), new_state(family, optimizer, seed=2)
-    kept = Progress(7, 55, 6, Best(4, 1.25, 2), Watch([0.1, 1 / 3], [2.0, 1e-17], 1))
+    kept = Progress(7, 55, 6, 12.5, 1 / 3, Best(4, 1.25, 2), Watch([0.1, 1 / 3], [2.0, 1e-17], 1))
     folder = save(tmp_path / "checkpoints", before, kept, ORIGIN, 3)
     assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
     found = find(tmp_path)

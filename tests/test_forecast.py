@@ -5,15 +5,15 @@ from __future__ import annotations
 from math import ceil
 
 import pytest
-from facts import batching, clocked, course, recipe, saving, speed, timed, workload
+from facts import batching, clocked, course, plan, recipe, saving, speed, timed, workload
 from hypothesis import given
 from hypothesis import strategies as st
 from test_planner import data_of
 
 from autotune.batching import largest_share
-from autotune.forecast import Evaluation, forecast, uncertainty
+from autotune.forecast import Evaluation, forecast, forecast_anew, forecast_run, uncertainty
 from autotune.inputs import Course
-from autotune.plan import Batching, Forecast, Speed, Timed
+from autotune.plan import Answering, Batching, Forecast, Speed, Timed
 from autotune.shapes import Histogram, expected_longest, plain_shape
 from autotune.speed import measure_speed
 
@@ -207,3 +207,40 @@ def test_as_many_steps_are_taken_as_fit_the_time_with_all_that_comes_between_and
 def test_repeats_that_lay_apart_make_a_forecast_less_sure() -> None:
     assert uncertainty(None) == uncertainty(clocked(8, 1.0, 1.1, 1.2)) == 0.15
     assert uncertainty(clocked(8, 1.0, 1.0, 2.0)) == pytest.approx(0.5)
+
+
+def test_a_plan_of_before_is_forecast_for_the_run_that_it_is_to_be() -> None:
+    made = plan(speed=speed(), workload=workload(data_fingerprint="data"))
+    for epochs in (1.0, 3.0):
+        cast = forecast_anew(made, course(data_of(2400), epochs=epochs)).forecast
+        assert cast is not None
+        assert (cast.total_steps, cast.left_seconds) == (10 * epochs, cast.total_seconds)
+    begun = course(data_of(2400), epochs=3.0)._replace(begun_steps=20)
+    cast = forecast_anew(made, begun).forecast
+    assert cast is not None
+    done = 20 * cast.seconds_per_epoch / cast.steps_per_epoch
+    assert cast.total_seconds - cast.left_seconds == pytest.approx(done), "two thirds of its steps"
+    assert forecast_anew(made, course(None)).forecast is None
+    assert forecast_anew(plan(speed=None), begun).forecast is None
+
+
+def test_what_was_timed_on_other_data_says_nothing_of_this() -> None:
+    quick = timed(20, (10_240, 0.2), (10_240, 0.1), peak_bytes=1).model_copy(
+        update={"timed": (clocked(20, *[1e-3] * 3),)}
+    )
+    evidence = plan().evidence.model_copy(update={"trials": (quick,)})
+    made = plan(evidence=evidence, workload=workload(data_fingerprint="data"))
+    own, other = course(data_of(2400)), course(data_of(2400).model_copy(update={"fingerprint": "other"}))
+    seconds = [cast.seconds_per_epoch for run in (own, other) if (cast := forecast_anew(made, run).forecast)]
+    assert seconds[0] < 0.5 * seconds[1]
+
+
+def test_documents_have_no_answers_to_score_but_are_gone_on_with_for_people() -> None:
+    told = Answering(
+        rows_at_once=64, prompt_tokens=0.0, longest_answer=10, seconds_of_token=0.1, seconds_of_further_row=0.0
+    )
+    run = course(data_of(2400), data_of(100), bleu_rows=64, samples=1)
+    for stage, tokens in (("pretrain", 128), ("sft", 128 + 10)):
+        cast = forecast_run(run, workload(stage=stage), batching(), speed(), None, told, measured=True)
+        assert cast is not None
+        assert cast.answer_seconds == pytest.approx(0.1 * tokens)

@@ -42,6 +42,7 @@ from autotune.errands import (
     Preprocess,
     Recipe,
     Resume,
+    TimeLimit,
     TokenIds,
     Trace,
     TraceReport,
@@ -378,7 +379,7 @@ ERRANDS = [
         backend="gloo",
         heartbeat_seconds=60.0,
         tensorboard=False,
-        time_limit=None,
+        time_limit=TimeLimit(began_at=1.0, ends_at=3.5, of_run=True),
         longest=None,
     ),
 ]
@@ -486,3 +487,7 @@ def test_a_percentile_is_the_shortest_length_that_no_more_than_the_others_exceed
     lengths = ((10, 50), (20, 45), (30, 4), (40, 1))
     data = DATA.model_copy(update={"lengths": (lengths,), "samples": 100})
     assert [data.percentile(0, share) for share in (0.01, 0.5, 0.51, 0.95, 0.99, 1.0)] == [10, 10, 20, 20, 30, 40]
+
+
+def test_a_command_may_take_what_lies_between_its_beginning_and_its_end() -> None:
+    assert TimeLimit(began_at=1.0, ends_at=3.5, of_run=True).seconds == 2.5

@@ -126,6 +126,16 @@ def test_what_was_met_counts_and_what_was_not_is_the_plan_s_as_much_slower_as_it
     assert left.seconds == pytest.approx(97 * 0.6 + 2 * 7.0)
 
 
+def test_checkpoints_count_as_they_were_seen_to_take_and_other_events_not_at_all() -> None:
+    pace = Pace()
+    events = [{"kind": "event", "step": 2, "seconds": 3.0, "event": name} for name in ("checkpoint", "spike")]
+    for told in (started(10, saves_every=5), row(1, 1.0), row(2, 1.0), *events):
+        pace.add(told)
+    left = pace.left(None)
+    assert left is not None
+    assert left.seconds == pytest.approx(8 + 3 * 3.0), "after 5, after 10, and the model"
+
+
 def test_a_run_that_is_done_has_nothing_left_and_one_that_was_rescheduled_what_it_was_told() -> None:
     pace = Pace()
     for told in (started(100), row(1, 1.0), row(2, 1.0)):
