@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from autotune.disk import remove, sync
 from autotune.errands import Preprocessed, Resume, Saving, Train
-from autotune.errors import MachineError, UserError, disk_error
+from autotune.errors import MachineError, UserError
 from autotune.plan import Hardware, Plan, Workload
 from autotune.process import Event, Worker, WorkerCrashedError
 from cli.render.notes import UNKNOWN_SHARE
@@ -57,7 +57,9 @@ def check_folder(folder: Path) -> Check:
         partial.replace(file)
         file.unlink()
     except OSError as error:
-        raise disk_error(error) or MachineError(f"{folder}: {error}", "give another --output-dir") from None
+        raise MachineError(
+            f"{folder}: {error.strerror or error}", "free some of the disk, or give another --output-dir"
+        ) from None
     return Check("folder", "ok", f"{folder} can be written, synced and renamed in", time.perf_counter() - began)
 
 

@@ -113,7 +113,6 @@ def train_command(asked: Asked, resuming: Resuming, *, show_config: bool, rehear
         run = find_run(replace(settings, output_dir=str(folder)), resuming)
         if resuming and run.resume is None:
             say(f"{run.folder} has no checkpoint: beginning at the start")
-        check_folder(folder)
         job = _find_job(asked, run, partial(_check_cheaply, settings, folder))
         _train(asked, run, _with_forecast(asked, run, job), lock, launches=among is None)
 
@@ -155,6 +154,7 @@ def _check_cheaply(
 ) -> None:
     """Raise MachineError where the disk has no room, and warn of data that a rehearsal would fail."""
     check_disk(folder, workload, settings.keep_last, hardware)
+    check_folder(folder)
     for check in (check_rows(facts), check_tokenizer(facts)):
         if check.verdict == "FAILED":
             warn(f"{check.name}: {check.told}")

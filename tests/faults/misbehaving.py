@@ -14,7 +14,7 @@ MIB = 2**20
 NUMBERS = {
     "verified": True, "peak_bytes": 10 * MIB, "phases": {"forward_backward": 5}, "resident_bytes": 5,
     "host_peak_bytes": 5, "timings": [], "timed": [], "evaluation_seconds": 0.1, "expected_peak_bytes": None,
-    "inexact": [], "matrix_flops": {},
+    "inexact": [], "matrix_flops": {}, "answering": None,
 }  # fmt: skip
 """Of a report that could be one."""
 

@@ -160,7 +160,15 @@ def test_what_is_restored_is_what_was_saved(tmp_path: Path, tell: Any) -> None:
         family, optimizer = random.choice(("llama", "t5")), random.choice(("adamw", "adafactor"))
         before, after = (new_state(family, optimizer, seed) for seed in (step, step + 1))
         watch = Watch([random.random() for _ in range(step)], [random.random()], random.randrange(5))
-        kept = Progress(step, 8 * step + 1, step - 1, Best(step - 1, random.random(), random.randrange(5)), watch)
+        kept = Progress(
+            step,
+            8 * step + 1,
+            step - 1,
+            random.random(),
+            random.random(),
+            Best(step - 1, random.random(), random.randrange(5)),
+            watch,
+        )
         save(tmp_path / manifest.FOLDER, before, kept, ORIGIN, 2)
         found = find(tmp_path)
         assert found is not None
