@@ -16,6 +16,7 @@ from trainer.generate import Generator, in_batches
 
 TOKENS = (2, 10)
 """Of two answers: the second one's further tokens are what a token takes."""
+REPEATS = 2
 READING_SECONDS = 1.0
 """That the prompts of the rows which are timed together may take to be read."""
 
@@ -53,10 +54,12 @@ def measure_answering(
 
 
 def _seconds_of_token(generator: Generator, model: Any, prompts: list[list[int]], behind: int) -> float:
-    """Return what a further token of each of these rows takes, with so many behind it."""
-    taken = []
-    for new in TOKENS:
-        began = time.perf_counter()
-        generator.go_on(model, prompts, max(1, behind), new)
-        taken.append(time.perf_counter() - began)
-    return max(0.0, taken[1] - taken[0]) / (TOKENS[1] - TOKENS[0])
+    """Return what a further token of each of these rows takes, with so many behind it; the first time warms up."""
+    few, many = (min(_seconds(generator, model, prompts, behind, new) for _ in range(REPEATS)) for new in TOKENS)
+    return max(0.0, many - few) / (TOKENS[1] - TOKENS[0])
+
+
+def _seconds(generator: Generator, model: Any, prompts: list[list[int]], behind: int, new: int) -> float:
+    began = time.perf_counter()
+    generator.go_on(model, prompts, max(1, behind), new)
+    return time.perf_counter() - began
